@@ -1,0 +1,78 @@
+"""Device meshes of stream pairs. The one place that divides devices; knows nothing of models or requests."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from streamserve.config import TopologyConfig
+
+TENSOR_AXIS = "tensor"  # the one axis of every mesh: tensor parallelism
+
+
+class PairMeshes(NamedTuple):
+    """Meshes of one stream pair."""
+
+    prefill: Mesh
+    decode: Mesh
+
+
+def request_cpu_devices(count: int) -> None:
+    """Ask JAX for `count` host devices, in case the platform is the CPU.
+
+    It only works before JAX has touched a device. Afterwards this does nothing, and `make_pairs` says what is missing.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # backends are up already: what they offer is checked by make_pairs
+        return
+
+
+def num_devices(topology: TopologyConfig) -> int:
+    """Devices that a topology takes when none is shared."""
+    return topology.num_pairs * (topology.prefill_devices + topology.decode_devices)
+
+
+def make_pairs(topology: TopologyConfig, devices: Sequence[jax.Device]) -> tuple[PairMeshes, ...]:
+    """Divide devices among stream pairs, prefill before decode, pair after pair.
+
+    Args:
+      topology: how many pairs, and devices per mesh.
+      devices: as `jax.devices()` lists them.
+
+    Returns:
+      The meshes of each pair.
+
+    Raises:
+      ValueError: there are too few devices and `topology.share_devices` is off, or a mesh alone needs more than exist.
+    """
+    wanted, widest = num_devices(topology), max(topology.prefill_devices, topology.decode_devices)
+    if len(devices) < wanted and not topology.share_devices:
+        raise ValueError(
+            f"{topology.num_pairs} stream pair(s) of {topology.prefill_devices} prefill and {topology.decode_devices} "
+            f"decode device(s) need {wanted} devices, but there are {len(devices)} ({devices[0].platform}). Use fewer "
+            "pairs, or share_devices=True to let meshes share devices (the hand-off is then a copy within a device)"
+        )
+    if widest > len(devices):
+        raise ValueError(f"a mesh of {widest} devices does not fit on {len(devices)}")
+    pairs, cursor = [], 0
+    for _ in range(topology.num_pairs):
+        meshes = []
+        for size in (topology.prefill_devices, topology.decode_devices):
+            if cursor + size > len(devices):  # only with share_devices: start over
+                cursor = 0
+            meshes.append(_mesh(devices[cursor : cursor + size]))
+            cursor += size
+        pairs.append(PairMeshes(*meshes))
+    return tuple(pairs)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on each device of the mesh."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _mesh(devices: Sequence[jax.Device]) -> Mesh:
+    return Mesh(np.array(devices), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
