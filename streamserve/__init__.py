@@ -1,0 +1,3 @@
+from streamserve.sampling_params import SamplingParams
+
+__all__ = ["SamplingParams"]

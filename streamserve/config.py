@@ -5,6 +5,7 @@ Every field has a sentence and a unit. Nothing here imports JAX, so that a confi
 
 import dataclasses
 import difflib
+import itertools
 import types
 import typing
 from collections.abc import Mapping
@@ -86,6 +87,7 @@ class PipeServeConfig:
       rounds_per_tick: draft-verify rounds that one dispatch runs on the device.
       max_logprobs: most `logprobs` and `prompt_logprobs` a request may ask for.
       max_stop_ids: most token ids that may end a request, end-of-sequence ids included.
+      max_logit_bias: most tokens that a request's `logit_bias` may name.
     """
 
     max_num_seqs: int = 8
@@ -93,14 +95,15 @@ class PipeServeConfig:
     rounds_per_tick: int = 4
     max_logprobs: int = 20
     max_stop_ids: int = 8
+    max_logit_bias: int = 64
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefill_buckets", tuple(self.prefill_buckets))
-        for name in ("max_num_seqs", "rounds_per_tick", "max_stop_ids"):
+        for name in ("max_num_seqs", "rounds_per_tick", "max_stop_ids", "max_logit_bias"):
             _check_range(f"pipeserve.{name}", getattr(self, name), 1)
         _check_range("pipeserve.max_logprobs", self.max_logprobs, 0)
         buckets = self.prefill_buckets
-        if not buckets or buckets[0] < 1 or any(a >= b for a, b in zip(buckets, buckets[1:], strict=False)):
+        if not buckets or buckets[0] < 1 or any(a >= b for a, b in itertools.pairwise(buckets)):
             raise ValueError(f"pipeserve.prefill_buckets must ascend from at least 1, got {buckets}")
 
 
@@ -211,7 +214,7 @@ def from_mapping(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any
 
 
 def _coerce(dotted: str, value: Any, hint: Any) -> Any:
-    """Check a leaf value against its annotation; lists become tuples and integers floats where that is what is meant."""
+    """Check a leaf value against its annotation; lists become tuples, integers floats where meant."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         if option is types.NoneType and value is None:

@@ -19,15 +19,20 @@ class PairMeshes(NamedTuple):
     decode: Mesh
 
 
-def request_cpu_devices(count: int) -> None:
-    """Ask JAX for `count` host devices, in case the platform is the CPU.
+def request_cpu_devices(topology: TopologyConfig) -> None:
+    """Ask JAX for enough host devices, in case the platform is the CPU: those of the meshes, and one for control.
 
     It only works before JAX has touched a device. Afterwards this does nothing, and `make_pairs` says what is missing.
     """
     try:
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", num_devices(topology) + 1)
     except RuntimeError:  # backends are up already: what they offer is checked by make_pairs
         return
+
+
+def control_device() -> jax.Device:
+    """The host device that policies run on: the last one, which `make_pairs` leaves free if there is one to spare."""
+    return jax.local_devices(backend="cpu")[-1]
 
 
 def num_devices(topology: TopologyConfig) -> int:
@@ -72,6 +77,11 @@ def make_pairs(topology: TopologyConfig, devices: Sequence[jax.Device]) -> tuple
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on each device of the mesh."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def kv_sharding(mesh: Mesh) -> NamedSharding:
+    """Divide a cache [B, G, C, D] by key/value heads."""
+    return NamedSharding(mesh, PartitionSpec(None, TENSOR_AXIS))
 
 
 def _mesh(devices: Sequence[jax.Device]) -> Mesh:

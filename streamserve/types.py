@@ -70,7 +70,8 @@ class RowParams:
     presence_penalty: jax.Array  # [B] float32
     frequency_penalty: jax.Array  # [B] float32
     repetition_penalty: jax.Array  # [B] float32
-    bias: jax.Array  # [B, V] float32, added to the logits
+    bias_ids: jax.Array  # [B, max_logit_bias] int32, EMPTY_TOKEN where unused
+    bias: jax.Array  # [B, max_logit_bias] float32, added to the logits of `bias_ids`
     stop_ids: jax.Array  # [B, max_stop_ids] int32, EMPTY_TOKEN where unused
     min_tokens: jax.Array  # [B] int32
     max_tokens: jax.Array  # [B] int32
@@ -78,27 +79,45 @@ class RowParams:
 
 
 @flax.struct.dataclass
-class TokenLogprobs:
-    """Log-probabilities of the unmodified target distribution; zeros where nobody asked."""
+class RowContext:
+    """What the sampling of `B` rows depends on besides logits. `drafted` positions come on top, see `sampling`."""
 
-    chosen: jax.Array  # [..., ] float32, of the token itself
-    rank: jax.Array  # [...] int32, 1 for the most likely token
-    top_ids: jax.Array  # [..., max_logprobs] int32
-    top: jax.Array  # [..., max_logprobs] float32
+    row: RowParams
+    prompt_seen: jax.Array  # [B, V] bool, tokens that occur in the prompt
+    output_counts: jax.Array  # [B, V] int32, occurrences in the output
+    emitted: jax.Array  # [B] int32, tokens emitted so far
+
+
+@flax.struct.dataclass
+class TokenLogprobs:
+    """Log-probabilities of the unmodified target distribution; zeros where nobody asked. X: any leading dimensions."""
+
+    chosen: jax.Array  # [X] float32, of the token itself
+    rank: jax.Array  # [X] int32, 1 for the most likely token
+    top_ids: jax.Array  # [X, max_logprobs] int32
+    top: jax.Array  # [X, max_logprobs] float32, descending
 
 
 @flax.struct.dataclass
 class Prefix:
-    """What prefill hands to decode: everything that one request needs to go on."""
+    """What prefill hands to decode: everything that one request needs to go on. The leading dimension is 1."""
 
-    target: KVCache  # rows of one, [1, G, S, D]
+    target: KVCache  # [1, G, S, D] a layer
     draft: Any  # the drafter's own prefix: a KVCache for a draft model, () for none
     length: jax.Array  # [1] int32, prompt tokens in the caches
     prompt_tail: jax.Array  # [1] int32, the prompt's last token
     first_token: jax.Array  # [1] int32, sampled from the prompt's last position
-    first_logprobs: TokenLogprobs  # of `first_token`, leading dimension 1
-    prompt_seen: jax.Array  # [1, V] bool, tokens that occur in the prompt
-    row: RowParams  # of one row
+    first_logprobs: TokenLogprobs  # of `first_token`
+    prompt_seen: jax.Array  # [1, V] bool
+    row: RowParams
+
+
+@flax.struct.dataclass
+class PrefillOutput:
+    """Result of a prefill program."""
+
+    prefix: Prefix
+    prompt_logprobs: TokenLogprobs  # [S]; entry s is about prompt token s + 1; zeros unless asked for
 
 
 @flax.struct.dataclass
@@ -111,13 +130,10 @@ class DecodeState:
     length: jax.Array  # [B] int32, tokens in the target's cache
     prev_token: jax.Array  # [B] int32, the token at cache position length - 1
     last_token: jax.Array  # [B] int32, emitted but not yet in the cache
-    emitted: jax.Array  # [B] int32, tokens emitted so far, the first one included
     finish: jax.Array  # [B] int32, FinishCode
     first_pending: jax.Array  # [B] bool, the first token waits for the next StepOutput
     first_logprobs: TokenLogprobs  # leading dimension B
-    prompt_seen: jax.Array  # [B, V] bool
-    output_counts: jax.Array  # [B, V] int32, occurrences in the output
-    row: RowParams  # of B rows
+    context: RowContext  # of B rows
 
 
 @flax.struct.dataclass

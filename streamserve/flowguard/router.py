@@ -1,0 +1,45 @@
+"""FlowGuard: sends each request to one stream pair. It sees snapshots, never the lanes themselves."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+from streamserve.bandits import HostPolicy, Policy
+from streamserve.flowguard import signals
+from streamserve.types import LaneStats
+
+
+class FlowGuard:
+    """A routing policy behind a guard."""
+
+    def __init__(self, make_policy: Callable[[int], Policy], *, num_lanes: int, seed: int, device: jax.Device):
+        """Build and compile the policy.
+
+        Args:
+          make_policy: `num_lanes -> Policy` over the context of `signals.context`.
+          num_lanes: stream pairs, one arm each.
+          seed: of the policy.
+          device: host device that no model runs on.
+        """
+        shape = (num_lanes, len(signals.SIGNALS))
+        self._policy = HostPolicy(make_policy(num_lanes), context_shape=shape, seed=seed, device=device)
+
+    def route(self, lanes: Sequence[LaneStats], eligible: Sequence[bool]) -> int:
+        """Choose a lane for the next request.
+
+        Args:
+          lanes: a snapshot of each lane.
+          eligible: which of them may take it; at least one.
+
+        Returns:
+          Index of the lane.
+
+        Raises:
+          ValueError: no lane is eligible, or the policy chose one that is not.
+        """
+        if not any(eligible):
+            raise ValueError("no lane can take a request; the scheduler has to wait")
+        arm = int(self._policy.choose(signals.context(lanes, eligible)).arm)
+        if not 0 <= arm < len(eligible) or not eligible[arm]:
+            raise ValueError(f"the routing policy chose lane {arm}, which may not take the request ({eligible=})")
+        return arm
