@@ -66,7 +66,7 @@ class TopologyConfig:
       share_devices: let meshes share devices when there are too few.
     """
 
-    num_pairs: int = 2
+    num_pairs: int = 1
     prefill_devices: int = 1
     decode_devices: int = 1
     share_devices: bool = False
@@ -115,17 +115,16 @@ class SpeculationConfig:
       method: "draft_model", or "none" for plain decoding.
       model: folder of the draft model, or `bundled:draft`.
       num_speculative_tokens: draft depth K, 0 to 8 tokens a round.
-      policy: depth policy, a name or `package.module:factory`.
-      verifier: verification rule, a name or `package.module:factory`.
     """
 
     method: str = "none"
     model: str | None = None
     num_speculative_tokens: int = 4
-    policy: str = "fixed"
-    verifier: str = "rejection"
 
     def __post_init__(self) -> None:
+        _check_choice("speculation.method", self.method, ("draft_model", "none"))
+        if self.method == "draft_model" and self.model is None:
+            raise ValueError("speculation.method='draft_model' needs speculation.model, a folder or 'bundled:draft'")
         _check_range("speculation.num_speculative_tokens", self.num_speculative_tokens, 0, MAX_DEPTH)
 
     @property
@@ -139,10 +138,13 @@ class RoutingConfig:
     """FlowGuard.
 
     Attributes:
-      policy: routing policy, a name or `package.module:factory`.
+      policy: routing policy.
     """
 
     policy: str = "round_robin"
+
+    def __post_init__(self) -> None:
+        _check_choice("routing.policy", self.policy, ("round_robin",))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

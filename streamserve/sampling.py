@@ -56,7 +56,7 @@ def round_keys(key_B2: jax.Array, emitted_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_B2, impl=KEY_IMPL), emitted_B)
 
 
-def adjust(logits_BTV: jax.Array, context: RowContext, drafted_BX: jax.Array, first: int) -> jax.Array:
+def adjust(logits_BTV: jax.Array, context: RowContext, drafted_BX: jax.Array, first: int | jax.Array) -> jax.Array:
     """Apply bias, penalties and the ban of stop ids before `min_tokens`.
 
     Position t of `logits_BTV` is judged as if the first `first + t` tokens of `drafted_BX` had been emitted on top of
@@ -65,7 +65,7 @@ def adjust(logits_BTV: jax.Array, context: RowContext, drafted_BX: jax.Array, fi
     Args:
       logits_BTV: float32.
       context: of the rows.
-      drafted_BX: tokens drafted so far, at least `first + T - 1` of them.
+      drafted_BX: drafted tokens; those from `first + T - 1` on are not looked at.
       first: drafted tokens before position 0.
     """
     row = context.row
@@ -77,7 +77,12 @@ def adjust(logits_BTV: jax.Array, context: RowContext, drafted_BX: jax.Array, fi
         & jnp.all(context.emitted >= row.min_tokens)
     )
     return jax.lax.cond(
-        neutral, lambda logits, *_: logits, _adjust, logits_BTV, context, _before(drafted_BX, logits_BTV.shape[1], first)
+        neutral,
+        lambda logits, *_: logits,
+        _adjust,
+        logits_BTV,
+        context,
+        _before(drafted_BX, logits_BTV.shape[1], first),
     )
 
 
@@ -163,11 +168,11 @@ def count_tokens(counts_BV: jax.Array, tokens_BX: jax.Array) -> jax.Array:
     return counts_BV.at[batch_B1, jnp.maximum(tokens_BX, 0)].add((tokens_BX != EMPTY_TOKEN).astype(counts_BV.dtype))
 
 
-def _before(drafted_BX: jax.Array, length: int, first: int) -> jax.Array:
+def _before(drafted_BX: jax.Array, length: int, first: int | jax.Array) -> jax.Array:
     """Drafted tokens before each of `length` positions: [B, T, X], EMPTY_TOKEN from `first + t` on."""
     index_X = jnp.arange(drafted_BX.shape[1])
-    seen_TX = index_X < first + jnp.arange(length)[:, None]
-    return jnp.where(seen_TX, drafted_BX[:, None], EMPTY_TOKEN)
+    seen_TX = index_X[None] < first + jnp.arange(length)[:, None]
+    return jnp.where(seen_TX[None], drafted_BX[:, None], EMPTY_TOKEN)
 
 
 def _adjust(logits_BTV: jax.Array, context: RowContext, before_BTX: jax.Array) -> jax.Array:

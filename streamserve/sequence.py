@@ -28,7 +28,14 @@ class RunningRequest:
     """Output of one request so far."""
 
     def __init__(
-        self, request: Request, text: TextStream, decode_token: DecodeToken, *, lane: int, arrival_s: float, scheduled_s: float
+        self,
+        request: Request,
+        text: TextStream,
+        decode_token: DecodeToken,
+        *,
+        lane: int,
+        arrival_s: float,
+        scheduled_s: float,
     ):
         """Begin an empty output.
 
@@ -63,7 +70,7 @@ class RunningRequest:
         Returns:
           Whether the request has ended.
         """
-        columns = np.nonzero(output.tokens[slot] != EMPTY_TOKEN)[0]
+        columns = np.flatnonzero(output.tokens[slot] != EMPTY_TOKEN)
         tokens = [int(token) for token in output.tokens[slot, columns]]
         if tokens and self._first_token_s is None:
             self._first_token_s = now_s
@@ -135,5 +142,8 @@ class RunningRequest:
 
 def _entry(logprobs: TokenLogprobs, *index: int) -> TokenLogprobs:
     return TokenLogprobs(
-        chosen=logprobs.chosen[index], rank=logprobs.rank[index], top_ids=logprobs.top_ids[index], top=logprobs.top[index]
+        chosen=logprobs.chosen[index],
+        rank=logprobs.rank[index],
+        top_ids=logprobs.top_ids[index],
+        top=logprobs.top[index],
     )

@@ -114,9 +114,12 @@ class Prefix:
 
 @flax.struct.dataclass
 class PrefillOutput:
-    """Result of a prefill program."""
+    """What the models make of a prompt, before anything is sampled."""
 
-    prefix: Prefix
+    target: KVCache  # [1, G, S, D] a layer
+    draft: Any  # as in Prefix
+    tail_logits: jax.Array  # [1, 1, V] float32, after the prompt's last token
+    prompt_seen: jax.Array  # [1, V] bool
     prompt_logprobs: TokenLogprobs  # [S]; entry s is about prompt token s + 1; zeros unless asked for
 
 
@@ -199,13 +202,13 @@ class KVShape:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """What a caller asks for: exactly one of `text` and `token_ids`, and how to sample.
+    """What a caller asks for: text or token ids, and how to sample.
 
     Attributes:
-      request_id: comes back in the `RequestOutput`; unique among the requests in flight.
-      text: to be tokenized.
-      token_ids: tokens as they are.
+      request_id: comes back in the `RequestOutput`.
       params: sampling parameters.
+      text: the prompt as text; tokenized unless `token_ids` are given too.
+      token_ids: the prompt as tokens.
     """
 
     request_id: str
@@ -219,7 +222,7 @@ class Request:
     """One sequence to generate. `n` completions of a prompt are `n` requests.
 
     Attributes:
-      request_id: unique among the requests in flight.
+      request_id: unique among the requests of an engine.
       prompt_token_ids: at least one token.
       params: how to sample.
       seed: of the request's own random stream, already derived.
@@ -336,26 +339,3 @@ class LaneStats:
     in_transit: int
     queued_prefill_tokens: int
     accepted_per_step: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepStats:
-    """What one tick of one lane did, as depth policies see it.
-
-    Attributes:
-      lane: index of the stream pair.
-      tier: static draft depth of the program that ran.
-      rows: rows that were active.
-      emitted_tokens: tokens that came out.
-      accepted_tokens: draft tokens among them.
-      drafted_tokens: draft tokens proposed.
-      duration_s: from this tick's dispatch to its result, not counting time the device spent on an earlier tick.
-    """
-
-    lane: int
-    tier: int
-    rows: int
-    emitted_tokens: int
-    accepted_tokens: int
-    drafted_tokens: int
-    duration_s: float

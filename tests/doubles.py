@@ -1,11 +1,22 @@
 """Test doubles: a model small enough to enumerate, and requests for it."""
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import attention
-from streamserve import SamplingParams
+from streamserve import mesh
+from streamserve.config import PipeServeConfig, SchedulerConfig, TopologyConfig
+from streamserve.flowguard import FlowGuard, round_robin
 from streamserve.kv import cache
+from streamserve.pipeserve import PairModels, StreamPair, warm_up
+from streamserve.sampling_params import SamplingParams
+from streamserve.scheduler import Finished, Refused, StreamScheduler
+from streamserve.sequence import RunningRequest
+from streamserve.specustream import drafters, verify
+from streamserve.tokenizer import TextStream
 from streamserve.types import ForwardFns, KVCache, KVShape, Request
 
 VOCAB = 13
@@ -18,7 +29,7 @@ def tiny_params(seed: int) -> dict[str, jax.Array]:
     width = 16
     return {
         "embed": jax.random.normal(keys[0], (VOCAB, width)),
-        "position": 0.5 * jax.random.normal(keys[1], (512, width)),
+        "position": jax.random.normal(keys[1], (512, width)),
         "qkv": jax.random.normal(keys[2], (3, width, 2, 8)) / 2,
         "out": jax.random.normal(keys[3], (2, 8, width)) / 2,
         "head": jax.random.normal(keys[4], (width, VOCAB)) / 2,
@@ -26,7 +37,7 @@ def tiny_params(seed: int) -> dict[str, jax.Array]:
 
 
 def _forward(params, tokens_BT, kv: KVCache, start_B):
-    position_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    position_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
     x_BTE = params["embed"][tokens_BT] + params["position"][position_BT]
     q, k, v = (jnp.einsum("bte,ehd->bthd", x_BTE, weight) for weight in params["qkv"])
     layer = cache.append(kv.layers[0], k, v, start_B)
@@ -37,7 +48,9 @@ def _forward(params, tokens_BT, kv: KVCache, start_B):
 TINY_FNS = ForwardFns(forward=_forward, logits=lambda params, hidden: hidden @ params["head"])
 
 
-def make_request(name: str, prompt: tuple[int, ...], *, seed: int = 0, stop_ids: tuple[int, ...] = (), **params) -> Request:
+def make_request(
+    name: str, prompt: tuple[int, ...], *, seed: int = 0, stop_ids: tuple[int, ...] = (), **params
+) -> Request:
     """Build a request as the LLM would."""
     params.setdefault("temperature", 0.0)
     return Request(
@@ -45,11 +58,74 @@ def make_request(name: str, prompt: tuple[int, ...], *, seed: int = 0, stop_ids:
     )
 
 
+@jax.jit
+def whole_logits(params, tokens_BS) -> jax.Array:
+    """Logits after every token of whole sequences [B, S, V], computed without any cache from before."""
+    batch, length = tokens_BS.shape
+    hidden, _ = _forward(params, tokens_BS, cache.zeros(KV_SHAPE, batch, length), jnp.zeros((batch,), jnp.int32))
+    return hidden @ params["head"]
+
+
 def plain_greedy(params, prompt: tuple[int, ...], count: int) -> list[int]:
     """Decode greedily by the whole sequence anew for every token: the law that everything else is held to."""
     tokens = list(prompt)
     for _ in range(count):
-        empty = cache.zeros(KV_SHAPE, 1, len(tokens))
-        hidden, _ = _forward(params, jnp.asarray([tokens]), empty, jnp.zeros((1,), jnp.int32))
-        tokens.append(int(jnp.argmax(hidden[0, -1] @ params["head"])))
+        padded = tokens + [0] * (96 - len(tokens))  # what follows a position cannot change it: one shape for all
+        logits = whole_logits(params, jnp.asarray([padded]))
+        tokens.append(int(jnp.argmax(logits[0, len(tokens) - 1])))
     return tokens[len(prompt) :]
+
+
+@functools.cache
+def tiny_pairs(
+    depth: int, *, num_pairs: int = 2, slots: int = 4, rounds: int = 2, draft_seed: int = 1, devices: int = 1
+) -> tuple[StreamPair, ...]:
+    """Compile stream pairs of the tiny model; `draft_seed` 0 makes the draft equal to the target."""
+    topology = TopologyConfig(num_pairs=num_pairs, prefill_devices=devices, decode_devices=devices)
+    config = PipeServeConfig(max_num_seqs=slots, prefill_buckets=(8,), rounds_per_tick=rounds, max_logprobs=4)
+    drafter = drafters.draft_model(TINY_FNS, KV_SHAPE) if depth else drafters.none()
+    params = (tiny_params(0), tiny_params(draft_seed) if depth else ())
+    pairs = []
+    for index, meshes in enumerate(mesh.make_pairs(topology, jax.devices())):
+        models = PairModels(
+            target=TINY_FNS,
+            kv_shape=KV_SHAPE,
+            vocab_size=VOCAB,
+            drafter=drafter,
+            verify=verify.rejection,
+            prefill_params=jax.device_put(params, mesh.replicated(meshes.prefill)),
+            decode_params=jax.device_put(params, mesh.replicated(meshes.decode)),
+        )
+        pairs.append(StreamPair(index, meshes, models, config, max_model_len=96, tiers=(depth,)))
+    warm_up(pairs, use_tqdm=False)
+    return tuple(pairs)
+
+
+def tiny_scheduler(pairs: Sequence[StreamPair], depth: int, **config) -> StreamScheduler:
+    """Put a scheduler before lanes."""
+    flowguard = FlowGuard(round_robin, num_lanes=len(pairs), seed=0, device=mesh.control_device())
+
+    def start(request: Request, **times) -> RunningRequest:
+        return RunningRequest(request, TextStream(None, request.params), lambda token: None, **times)
+
+    return StreamScheduler(pairs, flowguard, SchedulerConfig(**config), tier=depth, start=start)
+
+
+def serve(
+    pairs: Sequence[StreamPair], depth: int, requests: Sequence[Request | Refused], **config
+) -> dict[str, Finished]:
+    """Run requests to their ends; assert that each ended once and that nothing is held afterwards."""
+    ends: dict[str, Finished] = {}
+    for finished in tiny_scheduler(pairs, depth, **config).run(requests):
+        assert finished.request_id not in ends, f"{finished.request_id} ended twice"
+        ends[finished.request_id] = finished
+    assert set(ends) == {request.request_id for request in requests}
+    assert_empty(pairs)
+    return ends
+
+
+def assert_empty(pairs: Sequence[StreamPair]) -> None:
+    """Every slot is free and owned by nobody."""
+    for pair in pairs:
+        pair.ledger.check()
+        assert pair.ledger.held() == {}, pair.ledger.held()

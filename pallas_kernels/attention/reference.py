@@ -19,7 +19,7 @@ def visible(position_BT: Int[Array, "B T"], num_keys: int, window: int | None) -
     Returns:
       Boolean [B, T, num_keys].
     """
-    key_C = jnp.arange(num_keys)
+    key_C = jnp.arange(num_keys)[None, None]
     seen = key_C <= position_BT[..., None]
     return seen if window is None else seen & (key_C > position_BT[..., None] - window)
 
@@ -52,7 +52,7 @@ def attention(
     kv_heads, capacity = k_BGCD.shape[1], k_BGCD.shape[2]
     q_BTGMD = q_BTHD.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
     scores_BGMTC = scale * jnp.einsum("btgmd,bgcd->bgmtc", q_BTGMD, k_BGCD.astype(jnp.float32))
-    position_BT = start_B[:, None] + jnp.arange(length)
+    position_BT = start_B[:, None] + jnp.arange(length)[None]
     mask_BTC = visible(position_BT, capacity, window)
     weights_BGMTC = jax.nn.softmax(jnp.where(mask_BTC[:, None, None], scores_BGMTC, MASK_VALUE), axis=-1)
     out_BTGMD = jnp.einsum("bgmtc,bgcd->btgmd", weights_BGMTC, v_BGCD.astype(jnp.float32))

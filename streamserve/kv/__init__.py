@@ -1,0 +1,1 @@
+"""Key/value caches: device operations (`cache`) and the host's ledger (`pages`)."""

@@ -57,7 +57,9 @@ def insert(drafter: Drafter, state: DecodeState, prefix: Prefix, slot: jax.Array
     code = jnp.where(stops, FinishCode.STOP, jnp.where(full, FinishCode.LENGTH, FinishCode.RUNNING))
     put = lambda whole, part: whole.at[slot].set(part[0])  # noqa: E731
     old = state.context
-    counts_1V = sampling.count_tokens(jnp.zeros((1, old.output_counts.shape[1]), jnp.int32), prefix.first_token[:, None])
+    counts_1V = sampling.count_tokens(
+        jnp.zeros((1, old.output_counts.shape[1]), jnp.int32), prefix.first_token[:, None]
+    )
     return state.replace(
         target=cache.insert_row(state.target, prefix.target, slot),
         draft=drafter.insert(state.draft, prefix.draft, slot),

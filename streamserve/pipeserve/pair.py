@@ -4,7 +4,7 @@ It owns which slot belongs to whom (through the ledger) and nothing else of a re
 detokenize. No method waits for a device but `read` and `wait`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -76,9 +76,9 @@ class StreamPair:
         """Decode slots that nobody owns."""
         return self.ledger.num_free
 
-    def warmup(self) -> Iterator[str]:
-        """Compile every program, yielding the name of each when it is done."""
-        yield from self.programs.compile_all(self._state)
+    def compilations(self) -> list[tuple[str, Callable[[], None]]]:
+        """List every program by name, with a function that compiles it. All must have run before a request comes."""
+        return self.programs.compilations(self._state)
 
     def prefill(self, request: Request) -> InTransit:
         """Dispatch the prefill of a request and the transfer of its prefix.
@@ -95,10 +95,23 @@ class StreamPair:
         config = self._config
         row = sampling.make_row(request, max_stop_ids=config.max_stop_ids, max_logit_bias=config.max_logit_bias)
         wants = np.bool_(request.params.prompt_logprobs is not None)
-        inputs = (padded_1S, np.array([len(tokens)], np.int32), row, wants)
-        inputs = jax.device_put(inputs, replicated(self._meshes.prefill))
-        output = self.programs.prefill[bucket](*self._models.prefill_params, *inputs)
-        prefix, moved_bytes = transfer(output.prefix, self._meshes.decode)
+        length, tail = np.array([len(tokens)], np.int32), np.array([tokens[-1]], np.int32)
+        inputs = jax.device_put((padded_1S, length, wants, tail, row), replicated(self._meshes.prefill))
+        padded, length, wants, tail, row = inputs
+        assert self.programs.first is not None, "nothing has been compiled"
+        output = self.programs.prefill[bucket](*self._models.prefill_params, padded, length, wants)
+        first, logprobs = self.programs.first(output.tail_logits, output.prompt_seen, row)
+        prefix = Prefix(
+            target=output.target,
+            draft=output.draft,
+            length=length,
+            prompt_tail=tail,
+            first_token=first,
+            first_logprobs=logprobs,
+            prompt_seen=output.prompt_seen,
+            row=row,
+        )
+        prefix, moved_bytes = transfer(prefix, self._meshes.decode)
         return InTransit(request, bucket, prefix, output.prompt_logprobs, moved_bytes)
 
     def has_arrived(self, item: InTransit) -> bool:
@@ -145,7 +158,7 @@ class StreamPair:
     def release(self, slot: int, request_id: str) -> None:
         """Free a slot, whether its row has finished or not."""
         self.ledger.release(slot, Owner(Stage.DECODE, request_id))
-        assert self.programs.release is not None, "warmup comes first"
+        assert self.programs.release is not None, "nothing has been compiled"
         self._state = self.programs.release(self._state, self._slot(slot))
 
     def _slot(self, slot: int) -> jax.Array:

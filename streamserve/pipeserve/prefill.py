@@ -1,4 +1,8 @@
-"""The prefill program: a padded prompt in, a `Prefix` out. Pure; one compiled program per prompt bucket."""
+"""The programs of the prefill mesh: a padded prompt in, a `Prefix` out. Pure functions.
+
+The models run in one program a prompt bucket; the first token is sampled in a second one, the same for all buckets,
+because sampling costs more to compile than a small model.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +13,7 @@ import jax.numpy as jnp
 from streamserve import sampling
 from streamserve.kv import cache
 from streamserve.specustream.drafters import Drafter
-from streamserve.types import ForwardFns, KVShape, Prefix, PrefillOutput, RowContext, RowParams, TokenLogprobs
+from streamserve.types import ForwardFns, KVShape, PrefillOutput, RowContext, RowParams, TokenLogprobs
 
 PrefillFn = Callable[..., PrefillOutput]
 _LOGPROB_CHUNK = 64  # positions whose logits exist at once: all of a long prompt's would not fit in memory
@@ -21,8 +25,8 @@ def make_prefill(
     """Build the prefill of target and drafter.
 
     Returns:
-      `(target_params, draft_params, tokens_1S, length_1, row, wants_prompt_logprobs) -> PrefillOutput`. The prompt is
-      padded on the right; what is computed for the padding lies beyond `length` and is never read.
+      `(target_params, draft_params, tokens_1S, length_1, wants_prompt_logprobs) -> PrefillOutput`. The prompt is padded
+      on the right; what is computed for the padding lies beyond `length` and is never read.
     """
 
     def prefill(
@@ -30,36 +34,39 @@ def make_prefill(
         draft_params: Any,
         tokens_1S: jax.Array,
         length_1: jax.Array,
-        row: RowParams,
         wants_prompt_logprobs: jax.Array,
     ) -> PrefillOutput:
-        start_1 = jnp.zeros((1,), jnp.int32)
         empty = cache.zeros(kv_shape, 1, tokens_1S.shape[1])
-        hidden_1SE, target_kv = target.forward(target_params, tokens_1S, empty, start_1)
-        tail_11 = length_1[:, None] - 1
-        logits_11V = target.logits(target_params, jnp.take_along_axis(hidden_1SE, tail_11[..., None], axis=1))
-        valid_1S = jnp.arange(tokens_1S.shape[1]) < length_1[:, None]
-        seen_1V = jnp.zeros((1, vocab_size), bool).at[0, tokens_1S[0]].max(valid_1S[0])
-        context = RowContext(
-            row=row, prompt_seen=seen_1V, output_counts=jnp.zeros((1, vocab_size), jnp.int32), emitted=start_1
-        )
-        adjusted_11V = sampling.adjust(logits_11V, context, jnp.zeros((1, 0), jnp.int32), 0)
-        probs_1V = sampling.probabilities(adjusted_11V, row)[:, 0]
-        first_1 = sampling.sample(probs_1V, sampling.round_keys(row.key, context.emitted))
-        prefix = Prefix(
+        hidden_1SE, target_kv = target.forward(target_params, tokens_1S, empty, jnp.zeros((1,), jnp.int32))
+        tail_1E = jnp.take_along_axis(hidden_1SE, length_1[:, None, None] - 1, axis=1)
+        valid_S = jnp.arange(tokens_1S.shape[1]) < length_1[0]
+        return PrefillOutput(
             target=target_kv,
             draft=drafter.prefill(draft_params, tokens_1S),
-            length=length_1,
-            prompt_tail=jnp.take_along_axis(tokens_1S, tail_11, axis=1)[:, 0],
-            first_token=first_1,
-            first_logprobs=sampling.token_logprobs(logits_11V[:, 0], first_1, row.wants_logprobs[0], max_logprobs),
-            prompt_seen=seen_1V,
-            row=row,
+            tail_logits=target.logits(target_params, tail_1E),
+            prompt_seen=jnp.zeros((1, vocab_size), bool).at[0, tokens_1S[0]].max(valid_S),
+            prompt_logprobs=_prompt_logprobs(
+                target, target_params, hidden_1SE[0], tokens_1S[0], wants_prompt_logprobs, max_logprobs
+            ),
         )
-        scored = _prompt_logprobs(target, target_params, hidden_1SE[0], tokens_1S[0], wants_prompt_logprobs, max_logprobs)
-        return PrefillOutput(prefix=prefix, prompt_logprobs=scored)
 
     return prefill
+
+
+def sample_first(
+    tail_logits_11V: jax.Array, prompt_seen_1V: jax.Array, row: RowParams, *, max_logprobs: int
+) -> tuple[jax.Array, TokenLogprobs]:
+    """Sample the token after the prompt.
+
+    Returns:
+      The token [1] and its log-probabilities.
+    """
+    counts_1V = jnp.zeros(prompt_seen_1V.shape, jnp.int32)
+    context = RowContext(row=row, prompt_seen=prompt_seen_1V, output_counts=counts_1V, emitted=jnp.zeros(1, jnp.int32))
+    adjusted_11V = sampling.adjust(tail_logits_11V, context, jnp.zeros((1, 0), jnp.int32), 0)
+    probs_1V = sampling.probabilities(adjusted_11V, row)[:, 0]
+    first_1 = sampling.sample(probs_1V, sampling.round_keys(row.key, context.emitted))
+    return first_1, sampling.token_logprobs(tail_logits_11V[:, 0], first_1, row.wants_logprobs[0], max_logprobs)
 
 
 def _prompt_logprobs(

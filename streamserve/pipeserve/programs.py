@@ -3,7 +3,8 @@
 A compiled program refuses other shapes and shardings with an error. So nothing can compile after warm-up by accident.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +15,38 @@ from jax.sharding import Sharding
 from streamserve.config import PipeServeConfig
 from streamserve.mesh import PairMeshes, replicated
 from streamserve.pipeserve import decode
-from streamserve.pipeserve.prefill import make_prefill
+from streamserve.pipeserve.prefill import make_prefill, sample_first
 from streamserve.pipeserve.transfer import shardings
 from streamserve.specustream.drafters import Drafter
 from streamserve.specustream.step import make_step
 from streamserve.specustream.verify import VerifyFn
-from streamserve.types import DecodeState, ForwardFns, KVShape, Prefix, PrefillOutput, RowParams, StepOutput
+from streamserve.types import (
+    DecodeState,
+    ForwardFns,
+    KVShape,
+    Prefix,
+    PrefillOutput,
+    RowParams,
+    StepOutput,
+    TokenLogprobs,
+)
 
 _CAPACITY_MULTIPLE = 64  # tokens; keeps the rows of the cache aligned
+
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # of jax.monitoring, once per compilation
+
+
+class CompilationCounter:
+    """Counts the compilations of the whole process from its making on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration_s: float, **details: Any) -> None:
+        del duration_s, details
+        self.count += event == _COMPILE_EVENT
 
 
 class PairModels(NamedTuple):
@@ -54,7 +79,7 @@ class Programs:
         max_model_len: int,
         tiers: tuple[int, ...],
     ):
-        """Declare the programs; `compile_all` compiles them.
+        """Declare the programs; `compilations` compiles them.
 
         Args:
           meshes: of the pair.
@@ -66,6 +91,7 @@ class Programs:
         self.buckets = prefill_buckets(config.prefill_buckets, max_model_len)
         self.tiers = tiers
         self.prefill: dict[int, Callable[..., PrefillOutput]] = {}
+        self.first: Callable[..., tuple[jax.Array, TokenLogprobs]] | None = None
         self.insert: dict[int, Callable[..., DecodeState]] = {}
         self.step: dict[int, Callable[..., tuple[DecodeState, jax.Array]]] = {}
         self.step_shapes: dict[int, StepOutput] = {}
@@ -74,14 +100,9 @@ class Programs:
         longest = max(max_model_len + max(tiers) + 1, self.buckets[-1])
         self._capacity = -(-longest // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
 
-    @property
-    def count(self) -> int:
-        """How many programs there are."""
-        return 2 * len(self.buckets) + len(self.tiers) + 1
-
     def allocate(self) -> DecodeState:
         """Make an empty decode state on its mesh, each shard where it belongs."""
-        shape = self._prefill_shape(self.buckets[0]).prefix
+        shape = self._prefix_shape(self.buckets[0])
 
         def make() -> DecodeState:
             slots = self._config.max_num_seqs
@@ -91,24 +112,32 @@ class Programs:
 
         return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), self._meshes.decode))()
 
-    def compile_all(self, state: DecodeState) -> Iterator[str]:
-        """Compile every program, yielding the name of each when it is done.
+    def compilations(self, state: DecodeState) -> list[tuple[str, Callable[[], None]]]:
+        """List every program by name, with a function that compiles it; they may run in any order and in threads.
 
         Args:
           state: the decode state that the programs will work on; only its shapes and shardings are used.
         """
-        for size in self.buckets:
+        shapes = placed(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+
+        def of_bucket(size: int) -> None:
             self.prefill[size] = self._compile_prefill(size)
-            yield f"prefill {size}"
-            prefix = self._prefill_shape(size).prefix
+            prefix = self._prefix_shape(size)
             arriving = placed(prefix, shardings(prefix, self._meshes.decode))
-            self.insert[size] = self._compile_update(self._insert, state, arriving)
-            yield f"insert {size}"
-        for tier in self.tiers:
-            self.step[tier] = self._compile_step(tier, state)
-            yield f"decode at depth {tier}"
-        self.release = self._compile_update(decode.release, state)
-        yield "release"
+            self.insert[size] = self._compile_update(self._insert, shapes, arriving)
+
+        def of_tier(tier: int) -> None:
+            self.step[tier] = self._compile_step(tier, shapes)
+
+        def of_small_ones() -> None:
+            self.release = self._compile_update(decode.release, shapes)
+            self.first = self._compile_first()
+
+        return [
+            *((f"decode at depth {tier}", functools.partial(of_tier, tier)) for tier in self.tiers),
+            *((f"prefill of {size} tokens", functools.partial(of_bucket, size)) for size in reversed(self.buckets)),
+            ("first token and release", of_small_ones),
+        ]
 
     def _insert(self, state: DecodeState, prefix: Prefix, slot: jax.Array) -> DecodeState:
         return decode.insert(self._models.drafter, state, prefix, slot)
@@ -124,20 +153,50 @@ class Programs:
         )
 
     def _prefill_inputs(self, size: int) -> tuple[Any, ...]:
-        """Shapes of a prompt, its length, its sampling parameters and whether its logprobs are wanted."""
-        row = row_shape(max_stop_ids=self._config.max_stop_ids, max_logit_bias=self._config.max_logit_bias)
-        scalars = (jax.ShapeDtypeStruct((1,), jnp.int32), row, jax.ShapeDtypeStruct((), jnp.bool_))
-        inputs = (jax.ShapeDtypeStruct((1, size), jnp.int32), *scalars)
+        """Shapes of a prompt, its length, and whether its log-probabilities are wanted."""
+        shape = jax.ShapeDtypeStruct
+        inputs = (shape((1, size), jnp.int32), shape((1,), jnp.int32), shape((), jnp.bool_))
+        return self._on_prefill(inputs)
+
+    def _row(self) -> RowParams:
+        config = self._config
+        return self._on_prefill(row_shape(max_stop_ids=config.max_stop_ids, max_logit_bias=config.max_logit_bias))
+
+    def _on_prefill(self, shapes: Any) -> Any:
         where = replicated(self._meshes.prefill)
-        return placed(inputs, jax.tree.map(lambda _: where, inputs))
+        return placed(shapes, jax.tree.map(lambda _: where, shapes))
 
     def _prefill_shape(self, size: int) -> PrefillOutput:
-        return jax.eval_shape(self._prefill_fn(), *self._models.prefill_params, *self._prefill_inputs(size))
+        shape = jax.eval_shape(self._prefill_fn(), *self._models.prefill_params, *self._prefill_inputs(size))
+        return placed(shape, shardings(shape, self._meshes.prefill))
+
+    def _prefix_shape(self, size: int) -> Prefix:
+        output, row = self._prefill_shape(size), self._row()
+        token = jax.ShapeDtypeStruct((1,), jnp.int32)
+        first, logprobs = jax.eval_shape(self._first_fn(), output.tail_logits, output.prompt_seen, row)
+        return Prefix(
+            target=output.target,
+            draft=output.draft,
+            length=token,
+            prompt_tail=token,
+            first_token=first,
+            first_logprobs=logprobs,
+            prompt_seen=output.prompt_seen,
+            row=row,
+        )
 
     def _compile_prefill(self, size: int) -> Callable[..., PrefillOutput]:
         where = shardings(self._prefill_shape(size), self._meshes.prefill)
         jitted = jax.jit(self._prefill_fn(), out_shardings=where)
         return jitted.lower(*self._models.prefill_params, *self._prefill_inputs(size)).compile()
+
+    def _first_fn(self) -> Callable[..., tuple[jax.Array, TokenLogprobs]]:
+        return functools.partial(sample_first, max_logprobs=self._config.max_logprobs)
+
+    def _compile_first(self) -> Callable[..., tuple[jax.Array, TokenLogprobs]]:
+        output = self._prefill_shape(self.buckets[0])
+        jitted = jax.jit(self._first_fn(), out_shardings=replicated(self._meshes.prefill))
+        return jitted.lower(output.tail_logits, output.prompt_seen, self._row()).compile()
 
     def _compile_update(self, update: Callable[..., DecodeState], state: DecodeState, *arguments: Any) -> Callable:
         """Compile `(state, *arguments, slot) -> state` with the state donated."""

@@ -1,0 +1,1 @@
+"""SpecuStream: speculative decoding, lossless and in one jitted program a depth."""

@@ -71,7 +71,9 @@ def make_step(
         state = state.replace(first_pending=jnp.zeros_like(state.first_pending))
 
         def body(tick: _Tick) -> _Tick:
-            state, out = _run_round(target, drafter, verify, depth, max_logprobs, target_params, draft_params, tick.state)
+            state, out = _run_round(
+                target, drafter, verify, depth, max_logprobs, target_params, draft_params, tick.state
+            )
             put = lambda whole, part: whole.at[tick.round].set(part)  # noqa: E731
             return _Tick(
                 round=tick.round + 1,
@@ -112,7 +114,7 @@ def commit(state: DecodeState, draft: Draft, verdict: Verdict) -> tuple[DecodeSt
     """
     context, row = state.context, state.context.row
     width = draft.tokens.shape[1] + 1
-    index_T = jnp.arange(width)
+    index_T = jnp.arange(width)[None]
     padded_BT = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
     tokens_BT = jnp.where(index_T < verdict.num_accepted[:, None], padded_BT, verdict.next_token[:, None])
     stops_BT = jnp.any(tokens_BT[..., None] == row.stop_ids[:, None], axis=-1)

@@ -32,7 +32,7 @@ def rejection(target_probs_BTV: jax.Array, draft: Draft, key_B: jax.Array) -> Ve
     p_BK = jnp.take_along_axis(target_probs_BTV[:, :depth], draft.tokens[..., None], axis=-1)[..., 0]
     q_BK = jnp.take_along_axis(draft.probs, draft.tokens[..., None], axis=-1)[..., 0]
     uniform_BK = jax.vmap(lambda key: jax.random.uniform(key, (depth,)))(keys_B2[:, 0])
-    counts_BK = jnp.arange(depth) < draft.length[:, None]
+    counts_BK = jnp.arange(depth)[None] < draft.length[:, None]
     accept_BK = (uniform_BK * q_BK < p_BK) & counts_BK
     num_accepted_B = jnp.sum(jnp.cumprod(accept_BK, axis=1, dtype=jnp.int32), axis=1)
     p_BV = _at(target_probs_BTV, num_accepted_B)

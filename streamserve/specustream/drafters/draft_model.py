@@ -1,6 +1,6 @@
 """Drafting by a smaller model with the target's vocabulary. Its cache travels and rolls back with the target's."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,14 @@ from streamserve import sampling
 from streamserve.kv import cache
 from streamserve.specustream.drafters.base import Drafter, DraftRows
 from streamserve.types import Draft, ForwardFns, KVCache, KVShape
+
+
+class _Carry(NamedTuple):
+    """Carry of the loop over drafted tokens."""
+
+    tokens_B2: jax.Array  # the two latest tokens
+    drafted_BK: jax.Array
+    state: KVCache
 
 
 def draft_model(fns: ForwardFns, kv_shape: KVShape) -> Drafter:
@@ -29,25 +37,25 @@ def draft_model(fns: ForwardFns, kv_shape: KVShape) -> Drafter:
         start_1 = jnp.zeros((1,), jnp.int32)
         return fns.forward(params, tokens_1S, cache.zeros(kv_shape, 1, tokens_1S.shape[1]), start_1)[1]
 
-    def propose(
-        params: Any, state: KVCache, rows: DraftRows, key_B: jax.Array, *, depth: int
-    ) -> tuple[Draft, KVCache]:
-        # A round that accepted everything has left the position before `last_token` unwritten: the model never read
-        # its own last draft. So the first pass reads two tokens, which costs less than one more pass a round.
-        tokens_BT = jnp.stack([rows.prev_token, rows.last_token], axis=1)
+    def propose(params: Any, state: KVCache, rows: DraftRows, key_B: jax.Array, *, depth: int) -> tuple[Draft, KVCache]:
         start_B = jnp.where(rows.active, rows.length - 1, 0)
-        drafted, probs = [], []
-        for k in range(depth):
-            with jax.named_scope(f"draft_{k}"):
-                hidden_BTE, state = fns.forward(params, tokens_BT, state, start_B)
-                logits_B1V = fns.logits(params, hidden_BTE[:, -1:])
-                before_BX = jnp.stack(drafted, axis=1) if drafted else jnp.zeros((len(start_B), 0), jnp.int32)
-                logits_B1V = sampling.adjust(logits_B1V, rows.context, before_BX, k)
-                probs.append(sampling.probabilities(logits_B1V, rows.context.row)[:, 0])
-                drafted.append(sampling.sample(probs[-1], jax.vmap(jax.random.fold_in, (0, None))(key_B, k)))
-                start_B = start_B + tokens_BT.shape[1]
-                tokens_BT = drafted[-1][:, None]
-        length_B = jnp.full_like(rows.length, depth)
-        return Draft(tokens=jnp.stack(drafted, axis=1), probs=jnp.stack(probs, axis=1), length=length_B), state
+
+        def draft_one(carry: _Carry, k: jax.Array) -> tuple[_Carry, jax.Array]:
+            hidden_B2E, state = fns.forward(params, carry.tokens_B2, carry.state, start_B + k)
+            logits_B1V = fns.logits(params, hidden_B2E[:, -1:])
+            logits_B1V = sampling.adjust(logits_B1V, rows.context, carry.drafted_BK, k)
+            probs_BV = sampling.probabilities(logits_B1V, rows.context.row)[:, 0]
+            token_B = sampling.sample(probs_BV, jax.vmap(jax.random.fold_in, (0, None))(key_B, k))
+            tokens_B2 = jnp.stack([carry.tokens_B2[:, 1], token_B], axis=1)
+            return _Carry(tokens_B2, carry.drafted_BK.at[:, k].set(token_B), state), probs_BV
+
+        with jax.named_scope("draft"):
+            tokens_B2 = jnp.stack([rows.prev_token, rows.last_token], axis=1)
+            begin = _Carry(tokens_B2, jnp.zeros((start_B.shape[0], depth), jnp.int32), state)
+            end, probs_KBV = jax.lax.scan(draft_one, begin, jnp.arange(depth))
+        draft = Draft(
+            tokens=end.drafted_BK, probs=jnp.swapaxes(probs_KBV, 0, 1), length=jnp.full_like(rows.length, depth)
+        )
+        return draft, end.state
 
     return Drafter(empty=empty, prefill=prefill, insert=cache.insert_row, propose=propose)

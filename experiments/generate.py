@@ -1,0 +1,294 @@
+"""Answer a file of prompts: the main command.
+
+  python -m experiments.generate --config=configs/tiny_cpu.py --input=IN.jsonl --output=OUT.jsonl --workdir=DIR \
+      [--config.field=value ...]
+
+Input is JSON lines of any of the four kinds that `streamserve.workload` describes; without --input the bundled prompts
+run. The output has one line for every input line, in input order, written as soon as all earlier ones are; an existing
+file is replaced once input, config and model have proved good. A line that cannot be served gets an error line and the
+rest runs on. The workdir receives config.json, env.json, requests.jsonl (one line a request, in order of completion)
+and results.json.
+
+Exit codes: 0 all answered; 1 some lines failed; 2 arguments, config, model, input or output are unusable; 130 Ctrl-C,
+with complete lines in the output and `"interrupted": true` in results.json.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Protocol
+
+import tqdm
+from absl import flags
+
+import streamserve
+from experiments import common
+from streamserve import answers, jsonl, metrics, workload
+from streamserve.config import Config
+from streamserve.tokenizer import Tokenizer
+from streamserve.types import Prompt, RequestOutput
+
+DEFAULT_CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "tiny_cpu.py"
+BUNDLED_PROMPTS = pathlib.Path(streamserve.__file__).parent / "assets" / "prompts.jsonl"
+MAX_COUNTED_BYTES = 2**28  # files up to this size are counted for the progress bar; it takes a fraction of a second
+MAX_LISTED_FAILURES = 5
+
+_INPUT = flags.DEFINE_string("input", None, "JSON lines to answer; the bundled prompts by default.")
+_OUTPUT = flags.DEFINE_string("output", None, "Answers; WORKDIR/outputs.jsonl by default. Replaced if it exists.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Record of the run; workdirs/generate-TIME by default.")
+
+
+class Engine(Protocol):
+    """What this script needs of `streamserve.LLM`."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Renders chat messages."""
+        ...
+
+    def stream(self, prompts: Iterator[Prompt], /) -> Iterator[RequestOutput]:
+        """Serve prompts as they are pulled, outputs in order of completion."""
+        ...
+
+    def stats(self) -> metrics.EngineStats:
+        """Counters."""
+        ...
+
+
+class MakeEngine(Protocol):
+    """What this script needs of `streamserve.LLM.from_config`."""
+
+    def __call__(self, config: Config, /, *, use_tqdm: bool) -> Engine:
+        """Build the engine and compile everything."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The command line.
+
+    Attributes:
+      config: sections of the config file.
+      input: file of prompts.
+      output: file of answers.
+      workdir: folder for the record of the run.
+      command: the command line as it was given.
+    """
+
+    config: Mapping[str, Any]
+    input: pathlib.Path
+    output: pathlib.Path
+    workdir: pathlib.Path
+    command: tuple[str, ...]
+
+    @property
+    def requests(self) -> pathlib.Path:
+        """Where the numbers of single requests go."""
+        return self.workdir / "requests.jsonl"
+
+
+def run(options: Options, make_engine: MakeEngine) -> int:
+    """Answer the input; returns the exit code."""
+    try:
+        return _run(options, make_engine)
+    except common.RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return common.EXIT_UNUSABLE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return common.EXIT_INTERRUPTED
+
+
+def _run(options: Options, make_engine: MakeEngine) -> int:
+    config, defaults = common.split_config(options.config)
+    with _checked_input(options) as lines:
+        common.write_json(options.workdir / "config.json", options.config)
+        _reader(defaults, None)  # the defaults of a wrong config should not cost a compilation
+        try:
+            engine = make_engine(config, use_tqdm=True)
+        except (ValueError, OSError) as error:
+            raise common.RunError(str(error)) from None
+        environment = common.environment(share_devices=config.topology.share_devices, command=options.command)
+        common.write_json(options.workdir / "env.json", environment)
+        reader = _reader(defaults, engine.tokenizer)
+        style = answers.AnswerFormat(
+            model_name=config.model.model,
+            num_spec_tokens=config.speculation.depth,
+            created_s=int(time.time()),
+        )
+        with _Recorder(options, style) as recorder:
+            start_s = time.monotonic()
+            interrupted = _serve(engine, reader.read(_readable(lines, options.input)), recorder)
+            duration_s = time.monotonic() - start_s
+    results = metrics.summarise(recorder.tally, duration_s, engine.stats())
+    common.write_json(options.workdir / "results.json", results | ({"interrupted": True} if interrupted else {}))
+    return _report(options, recorder, results, interrupted=interrupted)
+
+
+def _serve(engine: Engine, entries: Iterator[workload.WorkItem | workload.BadLine], recorder: "_Recorder") -> bool:
+    """Run everything; returns whether Ctrl-C came."""
+    try:
+        for output in engine.stream(recorder.prompts(entries)):
+            recorder.take(output)
+    except KeyboardInterrupt:
+        return True
+    assert not recorder.in_flight, f"the engine lost {sorted(recorder.in_flight)}"
+    return False
+
+
+class _Recorder:
+    """Writes answers and numbers as they come."""
+
+    def __init__(self, options: Options, style: answers.AnswerFormat):
+        self._options, self._style = options, style
+        self.tally = metrics.Tally()
+        self.failures: list[str] = []  # the first few, for the message at the end
+        self.in_flight: dict[str, workload.Origin] = {}
+
+    def __enter__(self) -> "_Recorder":
+        """Replace the files, and show the progress bar."""
+        with _writing(self._options.requests):
+            (self._options.workdir / "results.json").unlink(missing_ok=True)
+            self._requests = jsonl.JsonLinesFile(self._options.requests)
+        with _writing(self._options.output):
+            self._answers = jsonl.OrderedWriter(jsonl.JsonLinesFile(self._options.output))
+        self._bar = tqdm.tqdm(
+            total=_count(self._options.input), desc="Generating", unit="req", file=sys.stderr, mininterval=0.5
+        )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Close all; what finished out of order is still written."""
+        self._bar.close()
+        self._requests.close()
+        ignored = contextlib.nullcontext() if kind is None else contextlib.suppress(common.RunError)
+        with ignored, _writing(self._options.output):
+            self._answers.close()
+
+    def prompts(self, entries: Iterator[workload.WorkItem | workload.BadLine]) -> Iterator[Prompt]:
+        """Pass requests on, and answer bad lines."""
+        for entry in entries:
+            if isinstance(entry, workload.WorkItem):
+                self.in_flight[entry.prompt.request_id] = entry.origin
+                yield entry.prompt
+            else:
+                self._write(entry.origin, answers.refusal(entry), {"error": entry.message})
+                self.tally.add_failure()
+
+    def take(self, output: RequestOutput) -> None:
+        """Record a request that the engine is done with."""
+        origin = self.in_flight.pop(output.request_id)
+        numbers = answers.request_metrics(output) | {
+            "finish_reasons": [completion.finish_reason for completion in output.outputs],
+            "error": output.error,
+        }
+        self._write(origin, answers.answer(origin, output, self._style), numbers)
+        self.tally.add(output)
+
+    def _write(self, origin: workload.Origin, answer: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
+        if numbers["error"] is not None and len(self.failures) < MAX_LISTED_FAILURES:
+            self.failures.append(f"line {origin.line_number}: {numbers['error']}")
+        with _writing(self._options.output):
+            self._answers.put(origin.index, answer)
+        with _writing(self._options.requests):
+            self._requests.write({"id": origin.id, "line": origin.line_number, **numbers})
+        self._bar.update()
+        elapsed_s = self._bar.format_dict["elapsed"]
+        if elapsed_s > 0:
+            self._bar.set_postfix_str(f"{self.tally.output_tokens / elapsed_s:.0f} tok/s", refresh=False)
+
+
+def _report(options: Options, recorder: _Recorder, results: dict[str, Any], *, interrupted: bool) -> int:
+    """Print the summary; returns the exit code."""
+    print(metrics.format_table(results))
+    print(f"Answers: {options.output}\nRecord:  {options.workdir}")
+    failed = recorder.tally.failed
+    if failed:
+        more = f"\n  and {failed - len(recorder.failures)} more" if failed > len(recorder.failures) else ""
+        total = failed + recorder.tally.completed
+        print(f"{failed} of {total} lines failed:\n  " + "\n  ".join(recorder.failures) + more, file=sys.stderr)
+    if interrupted:
+        print("interrupted: the output holds what was finished", file=sys.stderr)
+        return common.EXIT_INTERRUPTED
+    return common.EXIT_SOME_FAILED if failed else common.EXIT_OK
+
+
+def _reader(defaults: Mapping[str, Any], tokenizer: Tokenizer | None) -> workload.LineReader:
+    render_chat = None if tokenizer is None else tokenizer.apply_chat_template
+    try:
+        return workload.LineReader(defaults=defaults, render_chat=render_chat)
+    except ValueError as error:
+        raise common.RunError(f"config field 'sampling': {error}") from None
+
+
+def _checked_input(options: Options) -> BinaryIO:
+    """Check all paths before anything costly, make the workdir, and open the input."""
+    written = (options.output, *(options.workdir / name for name in ("requests.jsonl", "results.json")))
+    if len({path.resolve() for path in written}) < len(written):
+        raise common.RunError(f"the output {str(options.output)!r} is a file that the workdir's record needs")
+    if options.input.resolve() in {path.resolve() for path in written} or _same(options.input, options.output):
+        raise common.RunError(
+            f"the input {str(options.input)!r} would be overwritten; choose another output or workdir"
+        )
+    try:
+        lines = options.input.open("rb")
+    except OSError as error:
+        raise common.RunError(f"cannot read the input {str(options.input)!r}: {error.strerror or error}") from None
+    with _writing(options.workdir):
+        options.workdir.mkdir(parents=True, exist_ok=True)
+    folder = options.output.parent
+    if not folder.is_dir() or options.output.is_dir():
+        reason = "it is a folder" if options.output.is_dir() else f"there is no folder {str(folder)!r}"
+        raise common.RunError(f"cannot write {str(options.output)!r}: {reason}")
+    if not os.access(options.output if options.output.exists() else folder, os.W_OK):
+        raise common.RunError(f"cannot write {str(options.output)!r}: permission denied")
+    return lines
+
+
+def _same(first: pathlib.Path, second: pathlib.Path) -> bool:
+    return first.exists() and second.exists() and first.samefile(second)
+
+
+def _readable(lines: BinaryIO, path: pathlib.Path) -> Iterator[bytes]:
+    try:
+        yield from lines
+    except OSError as error:
+        raise common.RunError(f"cannot read the input {str(path)!r}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise common.RunError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+
+def _count(path: pathlib.Path) -> int | None:
+    """Count the lines that are not blank, where that is cheap."""
+    if not path.is_file() or path.stat().st_size > MAX_COUNTED_BYTES:
+        return None
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line."""
+    del argv
+    workdir = pathlib.Path(_WORKDIR.value or time.strftime("workdirs/generate-%Y%m%d-%H%M%S"))
+    options = Options(
+        config=flags.FLAGS.config.to_dict(),
+        input=pathlib.Path(_INPUT.value or BUNDLED_PROMPTS),
+        output=pathlib.Path(_OUTPUT.value) if _OUTPUT.value else workdir / "outputs.jsonl",
+        workdir=workdir,
+        command=tuple(sys.argv),
+    )
+    return run(options, streamserve.LLM.from_config)
+
+
+if __name__ == "__main__":
+    common.run_main(main, default_config=DEFAULT_CONFIG)
