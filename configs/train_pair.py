@@ -45,19 +45,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.target = {**_LLAMA, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
     config.draft = {**_LLAMA, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     config.target_phase = {
-        "short": {"steps": 720, "rows": 8, "micro_rows": 2, "length": 512, "chunk": 128},
-        "long": {"steps": 80, "rows": 2, "micro_rows": 1, "length": 2048, "chunk": 256},
+        "short": {"steps": 552, "rows": 8, "micro_rows": 2, "length": 512, "chunk": 128},
+        "long": {"steps": 48, "rows": 2, "micro_rows": 1, "length": 2048, "chunk": 256},
         "learning_rate": 4e-3,
         "warmup_steps": 30,
-        "decay_steps": 200,
+        "decay_steps": 180,
         "weight_decay": 0.05,
         "clip": 1.0,
         "kl_weight": 0.0,
         "save_every": 50,
     }
     config.draft_phase = {
-        "short": {"steps": 270, "rows": 8, "micro_rows": 2, "length": 512, "chunk": 128},
-        "long": {"steps": 30, "rows": 2, "micro_rows": 1, "length": 2048, "chunk": 256},
+        "short": {"steps": 220, "rows": 8, "micro_rows": 2, "length": 512, "chunk": 128},
+        "long": {"steps": 20, "rows": 2, "micro_rows": 1, "length": 2048, "chunk": 256},
         "learning_rate": 6e-3,
         "warmup_steps": 20,
         "decay_steps": 100,

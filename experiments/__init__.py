@@ -1,0 +1,1 @@
+"""Scripts over StreamServe, each run as `python -m experiments.NAME`."""

@@ -5,10 +5,9 @@ rounded to the type on disk. It knows no optimizer.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -111,14 +110,7 @@ def report(
     """
     export_pair(output_dir, pair.models, pair.tokenizer, config.export_dtype)
     write_curves(output_dir, pair.curves)
-    scores = score_kinds(
-        pair.models["target"],
-        pair.models["draft"],
-        documents,
-        pair.tokenizer,
-        max_rows=config.corpus.eval_rows,
-        length=config.corpus.eval_length,
-    )
+    scores = score_kinds(pair, documents, max_rows=config.corpus.eval_rows, length=config.corpus.eval_length)
     phases = {"target": config.target_phase, "draft": config.draft_phase}
     write_card(
         output_dir,
@@ -133,57 +125,62 @@ def report(
     return scores
 
 
-def score_pair(
-    target: tuple[TrainModel, Params], draft: tuple[TrainModel, Params], rows: np.ndarray, chunk: int
-) -> PairScore:
-    """Measure a pair on rows of tokens, one row at a time.
-
-    Args:
-      target: the model that verifies.
-      draft: the model that proposes.
-      rows: [count, S + 1]; `chunk` divides S.
-      chunk: see `logits_of`.
-    """
+def make_measure(target: TrainModel, draft: TrainModel, chunk: int) -> Callable[..., jax.Array]:
+    """Return a jitted `(target_params, draft_params, row_S1) -> [4]`: the means of `PairScore`, in its order."""
 
     @jax.jit
     def measure(target_params: Params, draft_params: Params, row_S1: jax.Array) -> jax.Array:
         tokens_1S, next_S = row_S1[None, :-1], row_S1[1:]
-        p_SV = logits_of(target[0], target_params, tokens_1S, chunk)[0]
-        q_SV = logits_of(draft[0], draft_params, tokens_1S, chunk)[0]
+        p_SV = logits_of(target, target_params, tokens_1S, chunk)[0]
+        q_SV = logits_of(draft, draft_params, tokens_1S, chunk)[0]
         losses = [optax.softmax_cross_entropy_with_integer_labels(x, next_S).mean() for x in (p_SV, q_SV)]
         overlap = jnp.minimum(jax.nn.softmax(p_SV), jax.nn.softmax(q_SV)).sum(axis=-1).mean()
         agreement = (p_SV.argmax(axis=-1) == q_SV.argmax(axis=-1)).mean()
         return jnp.stack([*losses, overlap, agreement])
 
-    measured = [measure(target[1], draft[1], row.astype(np.int32)) for row in rows]
+    return measure
+
+
+def score_rows(
+    measure: Callable[..., jax.Array], target_params: Params, draft_params: Params, rows: np.ndarray
+) -> PairScore:
+    """Measure a pair on rows of tokens, one row at a time.
+
+    Args:
+      measure: of both models, see `make_measure`.
+      target_params: of the model that verifies.
+      draft_params: of the model that proposes.
+      rows: [count, S + 1]; the measure's chunk divides S.
+    """
+    measured = [measure(target_params, draft_params, row.astype(np.int32)) for row in rows]
     means = [float(value) for value in np.mean(jax.device_get(measured), axis=0)]
-    return PairScore(
-        tokens=rows.shape[0] * (rows.shape[1] - 1),
-        target_loss=means[0],
-        draft_loss=means[1],
-        acceptance=means[2],
-        agreement=means[3],
-    )
+    tokens = rows.shape[0] * (rows.shape[1] - 1)
+    return PairScore(tokens=tokens, target_loss=means[0], draft_loss=means[1], acceptance=means[2], agreement=means[3])
 
 
 def score_kinds(
-    target: tuple[TrainModel, Params],
-    draft: tuple[TrainModel, Params],
-    documents: Sequence[corpus.Document],
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    max_rows: int,
-    length: int,
+    pair: TrainedPair, documents: Sequence[corpus.Document], *, max_rows: int, length: int
 ) -> dict[str, PairScore]:
-    """Measure a pair on the held-out documents of each kind, none of them twice; kinds below one row are left out."""
-    scores = {}
-    score = functools.partial(score_pair, target, draft, chunk=length)
+    """Measure a pair on the held-out documents of each kind, none of them twice; kinds below one row are left out.
+
+    Args:
+      pair: what was trained.
+      documents: the corpus.
+      max_rows: most rows a kind.
+      length: tokens a row.
+
+    Returns:
+      Scores by kind, and over all positions as "all".
+    """
+    (target, target_params), (draft, draft_params) = pair.models["target"], pair.models["draft"]
+    measure, scores = make_measure(target, draft, length), {}
     for kind in sorted({document.kind for document in documents}):
         chosen = [document for document in documents if document.held_out and document.kind == kind]
-        encoded = corpus.Encoded(chosen, tokenizer)
+        encoded = corpus.Encoded(chosen, pair.tokenizer)
         count = min(max_rows, sum(encoded.num_tokens().values()) // (length + 1))
         if count:
-            scores[kind] = score(corpus.pack_rows(encoded, count=count, length=length + 1, seed=(0,)))
+            rows = corpus.pack_rows(encoded, count=count, length=length + 1, seed=(0,))
+            scores[kind] = score_rows(measure, target_params, draft_params, rows)
     return {**scores, "all": mean_score(list(scores.values()))}
 
 

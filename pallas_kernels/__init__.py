@@ -1,0 +1,1 @@
+"""Kernels that know nothing of the engine: jax and numpy only."""

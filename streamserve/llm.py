@@ -119,7 +119,8 @@ class LLM:
         path = resolve_path(config.model.model)
         tokenizer_path = path if config.model.tokenizer is None else resolve_path(config.model.tokenizer)
         self.tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(tokenizer_path)
-        self._eos_ids = load_eos_ids(path) if self.tokenizer is None else self.tokenizer.eos_ids
+        own_eos = () if self.tokenizer is None else self.tokenizer.eos_ids
+        self._eos_ids = tuple(dict.fromkeys((*load_eos_ids(path), *own_eos)))
         meshes.request_cpu_devices(config.topology)
         pairs = meshes.make_pairs(config.topology, jax.devices())
         target = _load(config, str(path), pairs[0].prefill)
@@ -130,16 +131,14 @@ class LLM:
         depth = config.speculation.depth
         self._pairs = []
         for index, pair in enumerate(pairs):
-            prefill = tuple(place(model, pair.prefill).params if model else () for model in (target, draft))
-            decode = tuple(place(model, pair.decode).params if model else () for model in (target, draft))
             models = PairModels(
                 target=target.fns,
                 kv_shape=target.kv_shape,
                 vocab_size=self._vocab_size,
                 drafter=drafter,
                 verify=verify.rejection,
-                prefill_params=prefill,
-                decode_params=decode,
+                prefill_params=_params_on(pair.prefill, target, draft),
+                decode_params=_params_on(pair.decode, target, draft),
             )
             self._pairs.append(
                 StreamPair(index, pair, models, config.pipeserve, max_model_len=self.max_model_len, tiers=(depth,))
@@ -177,7 +176,7 @@ class LLM:
         Raises:
           ValueError: a prompt or its parameters cannot be served; nothing has run then.
         """
-        items = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        items: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
         several = isinstance(sampling_params, Sequence)
         params = list(sampling_params) if several else [sampling_params or SamplingParams()] * len(items)
         if len(params) != len(items):
@@ -338,9 +337,10 @@ def _load_draft(config: Config, target: Model, tokenizer: Tokenizer | None, mesh
             f"the draft's vocabulary has {draft.config.vocab_size} tokens and the target's {target.config.vocab_size}; "
             "a draft model must share the target's vocabulary"
         )
-    if tokenizer is not None and (path / "tokenizer.json").exists():
-        if load_tokenizer(path).vocabulary() != tokenizer.vocabulary():
-            raise ValueError("draft and target have vocabularies of one size but with different tokens")
+    if tokenizer is None or not (path / "tokenizer.json").exists():
+        return draft
+    if load_tokenizer(path).vocabulary() != tokenizer.vocabulary():
+        raise ValueError("draft and target have vocabularies of one size but with different tokens")
     return draft
 
 
@@ -352,6 +352,11 @@ def _max_model_len(config: Config, target: Model, draft: Model | None) -> int:
     if wanted is not None and wanted > longest:
         raise ValueError(f"max_model_len={wanted} exceeds the {longest} positions that the model was made for")
     return longest if wanted is None else wanted
+
+
+def _params_on(mesh: jax.sharding.Mesh, target: Model, draft: Model | None) -> tuple[Any, Any]:
+    """Parameters of both models on a mesh; nothing for a draft that does not exist."""
+    return place(target, mesh).params, () if draft is None else place(draft, mesh).params
 
 
 def _make_drafter(draft: Model | None) -> drafters.Drafter:

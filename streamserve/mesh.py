@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from streamserve.config import TopologyConfig
+from streamserve.types import Device
 
 TENSOR_AXIS = "tensor"  # the one axis of every mesh: tensor parallelism
 
@@ -30,7 +31,7 @@ def request_cpu_devices(topology: TopologyConfig) -> None:
         return
 
 
-def control_device() -> jax.Device:
+def control_device() -> Device:
     """The host device that policies run on: the last one, which `make_pairs` leaves free if there is one to spare."""
     return jax.local_devices(backend="cpu")[-1]
 
@@ -40,7 +41,7 @@ def num_devices(topology: TopologyConfig) -> int:
     return topology.num_pairs * (topology.prefill_devices + topology.decode_devices)
 
 
-def make_pairs(topology: TopologyConfig, devices: Sequence[jax.Device]) -> tuple[PairMeshes, ...]:
+def make_pairs(topology: TopologyConfig, devices: Sequence[Device]) -> tuple[PairMeshes, ...]:
     """Divide devices among stream pairs, prefill before decode, pair after pair.
 
     Args:
@@ -84,5 +85,5 @@ def kv_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, TENSOR_AXIS))
 
 
-def _mesh(devices: Sequence[jax.Device]) -> Mesh:
+def _mesh(devices: Sequence[Device]) -> Mesh:
     return Mesh(np.array(devices), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))

@@ -5,12 +5,16 @@ decoding would have sampled from. Every costly branch sits behind a `lax.cond` o
 program serves every mix of requests, and a branch leaves rows that do not want it exactly as they were.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from streamserve.types import EMPTY_TOKEN, Request, RowContext, RowParams, TokenLogprobs
 
+_MAX_INT32 = 2**31 - 1
 KEY_IMPL = "threefry2x32"  # named, so that tokens do not depend on jax_default_prng_impl
 
 
@@ -25,13 +29,12 @@ def make_row(request: Request, *, max_stop_ids: int, max_logit_bias: int) -> Row
     for name, items, room in (("stop token ids", request.stop_ids, max_stop_ids), ("logit_bias", bias, max_logit_bias)):
         if len(items) > room:
             raise ValueError(f"{len(items)} {name} given, the engine is configured for at most {room}")
-    real = lambda value: np.full((1,), value, np.float32)  # noqa: E731
-    whole = lambda value: np.full((1,), value, np.int32)  # noqa: E731
+    real, whole = functools.partial(_filled, np.float32), functools.partial(_filled, np.int32)
     return RowParams(
-        key=np.random.SeedSequence(request.seed).generate_state(2, np.uint32)[None],
+        key=_key_data(request.seed),
         temperature=real(params.temperature),
         top_p=real(params.top_p),
-        top_k=whole(min(params.top_k, np.iinfo(np.int32).max)),
+        top_k=whole(min(params.top_k, _MAX_INT32)),
         min_p=real(params.min_p),
         presence_penalty=real(params.presence_penalty),
         frequency_penalty=real(params.frequency_penalty),
@@ -39,9 +42,9 @@ def make_row(request: Request, *, max_stop_ids: int, max_logit_bias: int) -> Row
         bias_ids=_padded(list(bias), max_logit_bias, EMPTY_TOKEN, np.int32),
         bias=_padded(list(bias.values()), max_logit_bias, 0.0, np.float32),
         stop_ids=_padded(list(request.stop_ids), max_stop_ids, EMPTY_TOKEN, np.int32),
-        min_tokens=whole(params.min_tokens),
-        max_tokens=whole(params.max_tokens),
-        wants_logprobs=np.full((1,), params.logprobs is not None),
+        min_tokens=whole(min(params.min_tokens, _MAX_INT32)),
+        max_tokens=whole(min(params.max_tokens, _MAX_INT32)),
+        wants_logprobs=_filled(np.bool_, params.logprobs is not None),
     )
 
 
@@ -218,7 +221,15 @@ def _filter(probs_BTV: jax.Array, row: RowParams) -> jax.Array:
     return jnp.where(plain_B[:, None, None], probs_BTV, filtered)  # a row's numbers do not depend on its neighbours
 
 
-def _padded(items: list, room: int, fill: float, dtype: type) -> np.ndarray:
+def _key_data(seed: int) -> Any:
+    return np.random.SeedSequence(seed).generate_state(2, np.uint32)[None]
+
+
+def _filled(dtype: type, value: float) -> Any:
+    return np.full((1,), value, dtype)
+
+
+def _padded(items: list, room: int, fill: float, dtype: type) -> Any:
     out = np.full((1, room), fill, dtype)
     out[0, : len(items)] = items
     return out

@@ -4,7 +4,7 @@ It knows nothing of lanes or order. Stop strings end a request here, since only 
 lengths have ended it on the device already.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -82,7 +82,7 @@ class RunningRequest:
             entries = (_entry(output.logprobs, slot, int(column)) for column in columns)
             self._logprobs += [self._named(entry, token) for entry, token in zip(entries, tokens, strict=True)]
         self._match = self._text.push(tokens) if tokens else None
-        return self._match is not None or output.finish[slot] != FinishCode.RUNNING
+        return self._match is not None or int(output.finish[slot]) != FinishCode.RUNNING
 
     def set_prompt_logprobs(self, scored: TokenLogprobs) -> None:
         """Keep the log-probabilities of the prompt's tokens, the first of which has none."""

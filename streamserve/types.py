@@ -19,6 +19,7 @@ import jax
 
 from streamserve.sampling_params import SamplingParams
 
+Device = Any  # a jax.Device, whose name JAX's stubs give as a variable, not as a type
 Params = Any  # a pytree of parameters, one subtree a layer; opaque to everything but `streamserve.models`
 
 EMPTY_TOKEN = -1  # an emission column that holds no token

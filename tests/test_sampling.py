@@ -53,13 +53,13 @@ def _numpy_filter(logits, temperature, top_p, top_k, min_p):
 
 class ProbabilitiesTest(parameterized.TestCase):
     @parameterized.parameters(
-        dict(temperature=1.0),
-        dict(temperature=0.7, top_p=0.6),
-        dict(temperature=1.3, top_k=3),
-        dict(temperature=1.0, top_k=1),
-        dict(temperature=0.9, min_p=0.2),
-        dict(temperature=1.1, top_p=0.8, top_k=5, min_p=0.05),
-        dict(temperature=2.0, top_p=1e-6),
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.6},
+        {"temperature": 1.3, "top_k": 3},
+        {"temperature": 1.0, "top_k": 1},
+        {"temperature": 0.9, "min_p": 0.2},
+        {"temperature": 1.1, "top_p": 0.8, "top_k": 5, "min_p": 0.05},
+        {"temperature": 2.0, "top_p": 1e-6},
     )
     def test_filters_agree_with_numpy(self, **params):
         logits = np.random.default_rng(0).normal(size=(1, 4, VOCAB)).astype(np.float32) * 2
@@ -109,12 +109,12 @@ class AdjustTest(parameterized.TestCase):
         return np.stack(out)
 
     @parameterized.parameters(
-        dict(presence_penalty=0.7),
-        dict(frequency_penalty=1.1),
-        dict(repetition_penalty=1.6),
-        dict(logit_bias={3: 2.5, 4: -100.0}),
-        dict(min_tokens=5, stop_ids=(2, 9)),
-        dict(presence_penalty=-1.0, frequency_penalty=0.3, repetition_penalty=0.8, logit_bias={1: 1.0}),
+        {"presence_penalty": 0.7},
+        {"frequency_penalty": 1.1},
+        {"repetition_penalty": 1.6},
+        {"logit_bias": {3: 2.5, 4: -100.0}},
+        {"min_tokens": 5, "stop_ids": (2, 9)},
+        {"presence_penalty": -1.0, "frequency_penalty": 0.3, "repetition_penalty": 0.8, "logit_bias": {1: 1.0}},
     )
     def test_each_position_is_judged_as_plain_decoding_would(self, **fields):
         output, drafted, seen, emitted = [4, 4, 7], [7, 2], [0, 5], 3

@@ -1,5 +1,7 @@
 """Runs a pure policy on the host: jitted once, on a device of its own, with state and keys kept here."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +16,14 @@ class HostPolicy:
     of 0.25 ms would wait for a whole prefill.
     """
 
-    def __init__(self, policy: Policy, *, context_shape: tuple[int, ...], seed: int, device: jax.Device):
+    def __init__(self, policy: Policy, *, context_shape: tuple[int, ...], seed: int, device: Any):
         """Compile the policy for contexts of one shape.
 
         Args:
           policy: three pure functions.
           context_shape: of the float32 context.
           seed: of the policy's random numbers; decision t uses `fold_in(seed, t)`, so that a run replays.
-          device: where it runs.
+          device: a jax.Device, where it runs.
         """
         where = jax.sharding.SingleDeviceSharding(device)
         self._where, self._steps = where, 0

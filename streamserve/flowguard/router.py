@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
-
 from streamserve.bandits import HostPolicy, Policy
 from streamserve.flowguard import signals
-from streamserve.types import LaneStats
+from streamserve.types import Device, LaneStats
 
 
 class FlowGuard:
     """A routing policy behind a guard."""
 
-    def __init__(self, make_policy: Callable[[int], Policy], *, num_lanes: int, seed: int, device: jax.Device):
+    def __init__(self, make_policy: Callable[[int], Policy], *, num_lanes: int, seed: int, device: Device):
         """Build and compile the policy.
 
         Args:

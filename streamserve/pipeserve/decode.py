@@ -1,5 +1,6 @@
 """Operations on the decode state, and its way to the host: insert, release, and the packing of a tick's output."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from streamserve import sampling
 from streamserve.kv import cache
 from streamserve.specustream.drafters import Drafter
-from streamserve.types import DecodeState, FinishCode, KVShape, Prefix, RowContext, RowParams, StepOutput, TokenLogprobs
+from streamserve.types import DecodeState, FinishCode, KVShape, Prefix, RowContext, RowParams, StepOutput
 
 
 def empty_state(kv_shape: KVShape, drafter: Drafter, prefix: Prefix, *, slots: int, capacity: int) -> DecodeState:
@@ -28,8 +29,8 @@ def empty_state(kv_shape: KVShape, drafter: Drafter, prefix: Prefix, *, slots: i
     seen_BV = widen(prefix.prompt_seen)
     counts_BV = jnp.zeros(seen_BV.shape, jnp.int32)
     # A free row must not switch costly branches of sampling on: it is greedy and has neutral penalties.
-    row = row.replace(
-        bias_ids=jnp.full_like(row.bias_ids, -1), repetition_penalty=jnp.ones((slots,)), top_p=jnp.ones((slots,))
+    row = dataclasses.replace(
+        row, bias_ids=jnp.full_like(row.bias_ids, -1), repetition_penalty=jnp.ones((slots,)), top_p=jnp.ones((slots,))
     )
     return DecodeState(
         target=cache.zeros(kv_shape, slots, capacity),
@@ -60,7 +61,8 @@ def insert(drafter: Drafter, state: DecodeState, prefix: Prefix, slot: jax.Array
     counts_1V = sampling.count_tokens(
         jnp.zeros((1, old.output_counts.shape[1]), jnp.int32), prefix.first_token[:, None]
     )
-    return state.replace(
+    return dataclasses.replace(
+        state,
         target=cache.insert_row(state.target, prefix.target, slot),
         draft=drafter.insert(state.draft, prefix.draft, slot),
         active=state.active.at[slot].set(code == FinishCode.RUNNING),
@@ -87,7 +89,8 @@ def release(state: DecodeState, slot: jax.Array) -> DecodeState:
     context = state.context
     row = context.row
     set_to = lambda leaf, value: leaf.at[slot].set(value)  # noqa: E731
-    row = row.replace(
+    row = dataclasses.replace(
+        row,
         temperature=set_to(row.temperature, 0.0),
         bias_ids=set_to(row.bias_ids, -1),
         presence_penalty=set_to(row.presence_penalty, 0.0),
@@ -95,10 +98,11 @@ def release(state: DecodeState, slot: jax.Array) -> DecodeState:
         repetition_penalty=set_to(row.repetition_penalty, 1.0),
         min_tokens=set_to(row.min_tokens, 0),
     )
-    return state.replace(
+    return dataclasses.replace(
+        state,
         active=set_to(state.active, False),
         first_pending=set_to(state.first_pending, False),
-        context=context.replace(row=row),
+        context=dataclasses.replace(context, row=row),
     )
 
 
@@ -126,8 +130,3 @@ def unpack(packed: np.ndarray, shapes: StepOutput) -> StepOutput:
 
 def _as_int32(leaf: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(leaf, jnp.int32) if leaf.dtype == jnp.float32 else leaf.astype(jnp.int32)
-
-
-def logprobs_at(logprobs: TokenLogprobs, *index: int) -> TokenLogprobs:
-    """Take one token's entry out of host-side log-probabilities."""
-    return jax.tree.map(lambda leaf: leaf[index], logprobs)

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Sharding
 
+from streamserve import sampling
 from streamserve.config import PipeServeConfig
 from streamserve.mesh import PairMeshes, replicated
 from streamserve.pipeserve import decode
 from streamserve.pipeserve.prefill import make_prefill, sample_first
 from streamserve.pipeserve.transfer import shardings
+from streamserve.sampling_params import SamplingParams
 from streamserve.specustream.drafters import Drafter
 from streamserve.specustream.step import make_step
 from streamserve.specustream.verify import VerifyFn
@@ -24,8 +25,9 @@ from streamserve.types import (
     DecodeState,
     ForwardFns,
     KVShape,
-    Prefix,
     PrefillOutput,
+    Prefix,
+    Request,
     RowParams,
     StepOutput,
     TokenLogprobs,
@@ -44,8 +46,8 @@ class CompilationCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-    def _listen(self, event: str, duration_s: float, **details: Any) -> None:
-        del duration_s, details
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         self.count += event == _COMPILE_EVENT
 
 
@@ -172,7 +174,7 @@ class Programs:
 
     def _prefix_shape(self, size: int) -> Prefix:
         output, row = self._prefill_shape(size), self._row()
-        token = jax.ShapeDtypeStruct((1,), jnp.int32)
+        token: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
         first, logprobs = jax.eval_shape(self._first_fn(), output.tail_logits, output.prompt_seen, row)
         return Prefix(
             target=output.target,
@@ -235,22 +237,7 @@ def placed(shapes: Any, where: Any) -> Any:
 
 
 def row_shape(*, max_stop_ids: int, max_logit_bias: int) -> RowParams:
-    """Shapes of one row of sampling parameters, as `sampling.make_row` fills them."""
-    real = jax.ShapeDtypeStruct((1,), np.float32)
-    whole = jax.ShapeDtypeStruct((1,), np.int32)
-    return RowParams(
-        key=jax.ShapeDtypeStruct((1, 2), np.uint32),
-        temperature=real,
-        top_p=real,
-        top_k=whole,
-        min_p=real,
-        presence_penalty=real,
-        frequency_penalty=real,
-        repetition_penalty=real,
-        bias_ids=jax.ShapeDtypeStruct((1, max_logit_bias), np.int32),
-        bias=jax.ShapeDtypeStruct((1, max_logit_bias), np.float32),
-        stop_ids=jax.ShapeDtypeStruct((1, max_stop_ids), np.int32),
-        min_tokens=whole,
-        max_tokens=whole,
-        wants_logprobs=jax.ShapeDtypeStruct((1,), np.bool_),
-    )
+    """Shapes of one row of sampling parameters: those of any request's."""
+    request = Request(request_id="", prompt_token_ids=(0,), params=SamplingParams(), seed=0, stop_ids=())
+    row = sampling.make_row(request, max_stop_ids=max_stop_ids, max_logit_bias=max_logit_bias)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), row)

@@ -4,6 +4,7 @@ This file owns the rules of commitment: which tokens of a round are emitted, whe
 hold. It knows models and drafters as pure functions only, and nothing of requests, meshes or scheduling.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def make_step(
         batch, width = state.active.shape[0], depth + 1
         first_B1 = jnp.where(state.first_pending, state.last_token, EMPTY_TOKEN)[:, None]
         first_logprobs = state.first_logprobs
-        state = state.replace(first_pending=jnp.zeros_like(state.first_pending))
+        state = dataclasses.replace(state, first_pending=jnp.zeros_like(state.first_pending))
 
         def body(tick: _Tick) -> _Tick:
             state, out = _run_round(
@@ -130,14 +131,17 @@ def commit(state: DecodeState, draft: Draft, verdict: Verdict) -> tuple[DecodeSt
     code_B = jnp.where(stopped_B, FinishCode.STOP, FinishCode.LENGTH).astype(jnp.int32)
     history_BT = jnp.concatenate([state.last_token[:, None], tokens_BT], axis=1)
     at = lambda index_B: jnp.take_along_axis(history_BT, index_B[:, None], axis=1)[:, 0]  # noqa: E731
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         active=state.active & ~ended_B,
         length=state.length + num_B,
         prev_token=jnp.where(state.active, at(jnp.maximum(num_B - 1, 0)), state.prev_token),
         last_token=at(num_B),
         finish=jnp.where(ended_B, code_B, state.finish),
-        context=context.replace(
-            emitted=context.emitted + num_B, output_counts=sampling.count_tokens(context.output_counts, tokens_BT)
+        context=dataclasses.replace(
+            context,
+            emitted=context.emitted + num_B,
+            output_counts=sampling.count_tokens(context.output_counts, tokens_BT),
         ),
     )
     return state, tokens_BT
@@ -171,7 +175,7 @@ def _run_round(
         verdict = verify(sampling.probabilities(adjusted_BTV, context.row), draft, key_B2[:, 1])
     with jax.named_scope("commit"):
         was_active_B = state.active
-        state, emitted_BT = commit(state.replace(target=target_cache, draft=draft_state), draft, verdict)
+        state, emitted_BT = commit(dataclasses.replace(state, target=target_cache, draft=draft_state), draft, verdict)
         wanted = jnp.any(context.row.wants_logprobs & was_active_B)
         logprobs = sampling.token_logprobs(logits_BTV, emitted_BT, wanted, max_logprobs)
     ran = lambda count_B: jnp.where(was_active_B, count_B, EMPTY_TOKEN)  # noqa: E731

@@ -14,8 +14,8 @@ from streamserve.types import LaneStats
 
 
 def _stats(lane: int, **fields) -> LaneStats:
-    numbers = dict(free_slots=1, num_slots=4, running=3, in_transit=0, queued_prefill_tokens=0, accepted_per_step=1.5)
-    return LaneStats(lane=lane, **{**numbers, **fields})
+    numbers = {"free_slots": 1, "num_slots": 4, "running": 3, "in_transit": 0, "queued_prefill_tokens": 0}
+    return LaneStats(lane=lane, **{**numbers, "accepted_per_step": 1.5, **fields})
 
 
 def _flowguard(name: str, lanes: int) -> FlowGuard:

@@ -65,8 +65,8 @@ class AttentionTest(parameterized.TestCase):
         np.testing.assert_array_equal(np.asarray(clean), np.asarray(dirty))
 
     @parameterized.parameters(
-        (dict(window=0), "window=0"),
-        (dict(implementation="triton"), "unknown; known: xla, reference"),
+        ({"window": 0}, "window=0"),
+        ({"implementation": "triton"}, "unknown; known: xla, reference"),
     )
     def test_bad_arguments_are_named(self, arguments, message):
         q, k, v = _inputs(1, 1, 2, 1, 8, 16)

@@ -33,9 +33,9 @@ def _run(rule, p, q, lengths, seed):
     draft_key, verify_key = jax.vmap(jax.random.split, out_axes=1)(rows_B)
     logits = jnp.log(jnp.asarray(q))
     tokens_BK = jax.vmap(lambda k: jax.random.categorical(k, logits, axis=-1))(draft_key).astype(jnp.int32)
-    batch = lambda x: jnp.broadcast_to(jnp.asarray(x), (TRIALS, *x.shape))
-    draft = Draft(tokens=tokens_BK, probs=batch(q), length=jnp.asarray(lengths, jnp.int32))
-    verdict = jax.jit(rule)(batch(p), draft, verify_key)
+    p_BTV, q_BKV = (jnp.broadcast_to(jnp.asarray(probs), (TRIALS, *probs.shape)) for probs in (p, q))
+    draft = Draft(tokens=tokens_BK, probs=q_BKV, length=jnp.asarray(lengths, jnp.int32))
+    verdict = jax.jit(rule)(p_BTV, draft, verify_key)
     return np.asarray(tokens_BK), np.asarray(verdict.num_accepted), np.asarray(verdict.next_token), depth
 
 
