@@ -224,6 +224,7 @@ class CacheTest(parameterized.TestCase):
 class LoopTest(parameterized.TestCase):
     def test_nothing_compiles_after_warmup_whatever_the_mix(self):
         pairs = tiny_pairs(3)
+        scheduler = doubles.tiny_scheduler(pairs, 3)  # it compiles its router
         counter = CompilationCounter()
         requests = [
             make_request("a", (1,), max_tokens=1),
@@ -232,7 +233,7 @@ class LoopTest(parameterized.TestCase):
             ),
             make_request("c", (3,) * 9, logit_bias={1: 2.0}, min_tokens=3, max_tokens=7, stop_ids=(1, 2)),
         ]
-        ends = serve(pairs, 3, requests)
+        ends = {end.request_id: end for end in scheduler.run(requests)}
         self.assertEqual(counter.count, 0)
         self.assertEqual(len(ends["b"].prompt_logprobs), 31)
         jax.jit(lambda x: x + 41)(1).block_until_ready()
