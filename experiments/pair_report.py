@@ -24,7 +24,7 @@ from streamserve.models import export_hf
 from streamserve.types import Params
 
 try:
-    from matplotlib import figure
+    from matplotlib import figure  # pyright: ignore[reportMissingImports] installed by the extra "plots"
 except ImportError:  # an optional dependency: without it there is no picture
     figure = None
 

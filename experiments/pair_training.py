@@ -116,7 +116,11 @@ def make_step(loss_fn: Callable, optimizer: optax.GradientTransformation, stage:
 
 
 class LossLog:
-    """A loss curve as JSON lines, written `LOG_LAG` steps late."""
+    """A loss curve as JSON lines, written `LOG_LAG` steps late; a context manager.
+
+    Attributes:
+      last: the newest loss that is known, NaN before the first.
+    """
 
     def __init__(self, path: pathlib.Path, first_step: int):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -125,6 +129,13 @@ class LossLog:
         self._file = path.open("a", buffering=1)
         self._waiting: list[tuple[dict[str, float], jax.Array]] = []
         self.last = float("nan")
+
+    def __enter__(self) -> "LossLog":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        del unused
+        self._file.close()
 
     def add(self, loss: jax.Array, **facts: float) -> None:
         """Take a step's loss; it may still be in the making."""
@@ -190,21 +201,20 @@ def run_phase(
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(state)
         done = int(jax.device_get(state.step))
-        log = LossLog(folder / CURVE, done)
         bar = tqdm.tqdm(total=phase.steps, initial=done, desc=folder.name, mininterval=5.0)
-        for index, stage in enumerate((phase.short, phase.long)):
-            first = index * phase.short.steps
-            loss_fn = make_loss(model, teacher_model, phase.kl_weight, stage.chunk)
-            step_fn, batches = make_step(loss_fn, optimizer, stage), feed.batches(stage, index)
-            for step in range(max(done, first), first + stage.steps):
-                state, loss = step_fn(state, teacher_params, batches[step - first])
-                log.add(loss, step=step, length=stage.length, time_s=round(time.time(), 2))
-                bar.set_postfix(loss=log.last, refresh=False)
-                bar.update()
-                if (step + 1) % phase.save_every == 0 or step + 1 == phase.steps:
-                    checkpoints.save(step + 1, state)
-        log.flush()
-        bar.close()
+        with LossLog(folder / CURVE, done) as log, bar:
+            for index, stage in enumerate((phase.short, phase.long)):
+                first = index * phase.short.steps
+                loss_fn = make_loss(model, teacher_model, phase.kl_weight, stage.chunk)
+                step_fn, batches = make_step(loss_fn, optimizer, stage), feed.batches(stage, index)
+                for step in range(max(done, first), first + stage.steps):
+                    state, loss = step_fn(state, teacher_params, batches[step - first])
+                    log.add(loss, step=step, length=stage.length, time_s=round(time.time(), 2))
+                    bar.set_postfix(loss=log.last, refresh=False)
+                    bar.update()
+                    if (step + 1) % phase.save_every == 0 or step + 1 == phase.steps:
+                        checkpoints.save(step + 1, state)
+            log.flush()
     return state.params
 
 

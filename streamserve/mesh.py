@@ -25,8 +25,12 @@ def request_cpu_devices(topology: TopologyConfig) -> None:
 
     It only works before JAX has touched a device. Afterwards this does nothing, and `make_pairs` says what is missing.
     """
+    wanted = num_devices(topology) + 1
+    asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+    if asked >= wanted:
+        return
     try:
-        jax.config.update("jax_num_cpu_devices", num_devices(topology) + 1)
+        jax.config.update("jax_num_cpu_devices", wanted)
     except RuntimeError:  # backends are up already: what they offer is checked by make_pairs
         return
 
@@ -59,7 +63,9 @@ def make_pairs(topology: TopologyConfig, devices: Sequence[Device]) -> tuple[Pai
         raise ValueError(
             f"{topology.num_pairs} stream pair(s) of {topology.prefill_devices} prefill and {topology.decode_devices} "
             f"decode device(s) need {wanted} devices, but there are {len(devices)} ({devices[0].platform}). Use fewer "
-            "pairs, or share_devices=True to let meshes share devices (the hand-off is then a copy within a device)"
+            "pairs, or share_devices=True to let meshes share devices (the hand-off is then a copy within a device). "
+            "On CPU, host devices are asked for when the process builds its first engine: build the largest first, and "
+            "before any other JAX computation"
         )
     if widest > len(devices):
         raise ValueError(f"a mesh of {widest} devices does not fit on {len(devices)}")
