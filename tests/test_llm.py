@@ -140,9 +140,9 @@ def test_outputs_end_by_length_by_stop_id_and_at_the_models_end(llama):
 )
 def test_a_prompt_that_cannot_be_served_is_refused_with_the_reason(llama, prompt, params, message):
     llm, _, _ = llama
-    prompts = [[1, 2], prompt]
+    prompts, good, bad = [[1, 2], prompt], SamplingParams(max_tokens=2), SamplingParams(max_tokens=2, **params)
     with pytest.raises(ValueError, match=f"prompt 1: {message}"):
-        llm.generate(prompts, SamplingParams(max_tokens=2, **params), use_tqdm=False)
+        llm.generate(prompts, [good, bad], use_tqdm=False)
 
 
 def test_a_stream_answers_the_good_and_refuses_the_bad(llama):

@@ -8,6 +8,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +17,7 @@ from configs import train_pair as bundled_config
 from experiments import corpus, pair_report, pair_training
 from experiments.pair_config import PairConfig, StageConfig
 from experiments.pair_model import logits_of
+from experiments.pair_training import make_loss, make_step  # as they are before a fixture replaces them
 from streamserve.config import from_mapping
 from streamserve.tokenizer import load_tokenizer
 
@@ -99,6 +101,24 @@ def loose_promotion():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Every run of the same model and stage takes the same compiled step."""
+    steps = {}
+
+    def cached(arguments, optimizer, stage):
+        model, teacher, kl_weight, chunk = arguments
+        key = (model.config, teacher is None, stage)
+        if key not in steps:
+            steps[key] = make_step(make_loss(model, teacher, kl_weight, chunk), optimizer, stage)
+        return steps[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_training, "make_loss", lambda *arguments: arguments)
+        patch.setattr(pair_training, "make_step", cached)
+        yield
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     return tmp_path_factory.mktemp("whole")
@@ -150,36 +170,11 @@ class Killed(BaseException):
     """Stands for a signal."""
 
 
-@pytest.fixture(scope="module")
-def run_draft(pair):
-    """Train the draft's model on text alone; all runs share the compiled steps."""
-    make_step, steps = pair_training.make_step, {}
-
-    def cached(loss_fn, optimizer, stage):
-        return steps.setdefault(stage, make_step(loss_fn, optimizer, stage))
-
-    def run(folder):
-        feed = pair_training.Feed(encoded=pair.encoded, shares={}, seed=1)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pair_training, "make_step", cached)
-            return pair_training.run_phase(folder, feed, CONFIG.target_phase, pair.models["draft"][0])
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole_run(run_draft, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("draft")
-    return run_draft(folder), _losses(folder)
-
-
-def _losses(folder):
-    return [(row["step"], row["loss"]) for row in map(json.loads, (folder / "loss.jsonl").read_text().splitlines())]
-
-
 # Checkpoints are at 8, 16, 24 and 30, the long stage begins at 24: kills before any checkpoint and in both stages.
 @pytest.mark.parametrize("at", [3, 11, 27])
-def test_a_killed_run_ends_as_if_it_had_not_been(run_draft, whole_run, tmp_path, monkeypatch, at):
+def test_a_killed_run_ends_as_if_it_had_not_been(pair, tmp_path, monkeypatch, at):
+    model, params = pair.models["target"]
+    feed = pair_training.Feed(encoded=pair.encoded, shares=CONFIG.corpus.shares, seed=CONFIG.seed)
     add = pair_training.LossLog.add
 
     def add_or_die(self, loss, **facts):
@@ -188,14 +183,15 @@ def test_a_killed_run_ends_as_if_it_had_not_been(run_draft, whole_run, tmp_path,
             raise Killed
         add(self, loss, **facts)
 
-    monkeypatch.setattr(pair_training.LossLog, "add", add_or_die)
-    with pytest.raises(Killed):
-        run_draft(tmp_path)
-    monkeypatch.undo()
-    params = run_draft(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, params, whole_run[0])
-    assert _losses(tmp_path) == whole_run[1]
-    assert [step for step, _ in whole_run[1]] == list(range(30))
+    with monkeypatch.context() as patch:
+        patch.setattr(pair_training.LossLog, "add", add_or_die)
+        with pytest.raises(Killed):
+            pair_training.run_phase(tmp_path, feed, CONFIG.target_phase, model)
+    resumed = pair_training.run_phase(tmp_path, feed, CONFIG.target_phase, model)
+    jax.tree.map(np.testing.assert_array_equal, resumed, params)
+    curve = [json.loads(line) for line in (tmp_path / pair_training.CURVE).read_text().splitlines()]
+    assert [row["step"] for row in curve] == list(range(30))
+    assert [row["loss"] for row in curve] == [row["loss"] for row in pair.curves["target"]]
 
 
 def test_a_finished_run_trains_no_further(pair, workdir, monkeypatch):
@@ -206,17 +202,16 @@ def test_a_finished_run_trains_no_further(pair, workdir, monkeypatch):
 
 def test_gradients_of_micro_rows_add_up_to_the_batchs(pair):
     model, params = pair.models["draft"]
-    rows = pair_training.Feed(encoded=pair.encoded, shares={}, seed=0).batches(CONFIG.target_phase.short, 0)[0]
-    optimizer = pair_training.make_optimizer(CONFIG.target_phase)
-    results = []
-    for micro_rows in (2, 4):
+    rows = jnp.asarray(corpus.pack_rows(pair.encoded, count=4, length=33, seed=(0,)))
+
+    def after(micro_rows):
         stage = dataclasses.replace(CONFIG.target_phase.short, micro_rows=micro_rows)
-        step = pair_training.make_step(pair_training.make_loss(model, None, 0.0, stage.chunk), optimizer, stage)
-        fresh = jax.tree.map(jnp.copy, params)
-        state = pair_training.TrainState(step=jnp.ones((), jnp.int32), params=fresh, opt_state=optimizer.init(params))
-        state, loss = step(state, (), rows)
-        results.append((loss, state.params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *results)
+        step = make_step(make_loss(model, None, 0.0, stage.chunk), optax.sgd(1.0), stage)
+        copy = jax.tree.map(jnp.copy, params)
+        state, loss = step(pair_training.TrainState(step=jnp.ones((), jnp.int32), params=copy, opt_state=()), (), rows)
+        return loss, state.params
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after(2), after(4))
 
 
 def test_scores_do_not_depend_on_the_chunk(pair):

@@ -33,7 +33,7 @@ class ContractTest(parameterized.TestCase):
             lane = flowguard.route([_stats(index) for index in range(lanes)], eligible)
             self.assertTrue(eligible[lane])
 
-    @parameterized.parameters(*ROUTERS)
+    @parameterized.product(name=tuple(ROUTERS))
     def test_the_same_seed_gives_the_same_decisions(self, name):
         stats = [_stats(index) for index in range(3)]
         one, two = (_flowguard(name, 3) for _ in range(2))
@@ -41,7 +41,7 @@ class ContractTest(parameterized.TestCase):
             [one.route(stats, [True] * 3) for _ in range(9)], [two.route(stats, [True] * 3) for _ in range(9)]
         )
 
-    @parameterized.parameters(*ROUTERS)
+    @parameterized.product(name=tuple(ROUTERS))
     def test_the_state_keeps_its_shape_and_propensities_are_probabilities(self, name):
         policy = ROUTERS[name](3)
         context = signals.context([_stats(index) for index in range(3)], [True] * 3)
