@@ -20,12 +20,12 @@ def get_config() -> ml_collections.ConfigDict:
         "skip_tokenizer_init": False,
         "dtype": "float32",
         "load_format": "auto",
-        "max_model_len": 2624,
+        "max_model_len": 2560,
     }
     config.topology = {"num_pairs": 2, "prefill_devices": 1, "decode_devices": 1, "share_devices": False}
     config.pipeserve = {
         "max_num_seqs": 8,
-        "prefill_buckets": (64, 256, 1024, 2560),
+        "prefill_buckets": (64, 256, 1024),
         "rounds_per_tick": 4,
         "max_logprobs": 20,
         "max_stop_ids": 8,

@@ -5,6 +5,8 @@ becomes requests and requests become an output; everything else is the component
 """
 
 import dataclasses
+import hashlib
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -231,13 +233,21 @@ class LLM:
           RuntimeError: another stream of this engine has not ended.
         """
         opened: dict[str, _Open] = {}
-        for finished in self._scheduler.run(self._requests(prompts, opened)):
+        for finished in self._counted(self._scheduler.run(self._requests(prompts, opened))):
             order, index = finished.request_id.split(".")
             entry = opened[order]
             entry.ends[int(index)] = finished
             if len(entry.ends) == entry.expected:
                 del opened[order]
                 yield _output(entry)
+
+    def _counted(self, run: Iterator[Finished]) -> Iterator[Finished]:
+        """Count compilations while the loop runs, and end it when the consumer does."""
+        self._compilations.on = True
+        try:
+            yield from run
+        finally:
+            self._compilations.on = False
 
     def stats(self) -> EngineStats:
         """Counters since the engine was built."""
@@ -268,17 +278,19 @@ class LLM:
                 max_tokens=min(prompt.params.max_tokens, room),
                 min_tokens=min(prompt.params.min_tokens, room),
             )
-            stop_ids = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids))
             for index in range(params.n):
-                base = [self.config.seed, order, index] if params.seed is None else [params.seed, index]
-                seed = int(np.random.SeedSequence(base).generate_state(1, np.uint64)[0])
+                seed = _derived_seed(self.config.seed, order, index, params.seed)
                 yield Request(
                     request_id=f"{order}.{index}",
                     prompt_token_ids=tokens,
                     params=params,
                     seed=seed,
-                    stop_ids=tuple(dict.fromkeys(stop_ids)),
+                    stop_ids=self._stop_ids(params),
                 )
+
+    def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        """Token ids that end a request."""
+        return tuple(dict.fromkeys((*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids))))
 
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """Tokenize a prompt and check that it can be served.
@@ -306,6 +318,12 @@ class LLM:
             wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
             if wrong is not None:
                 raise ValueError(f"{name} {wrong} is outside the vocabulary of {self._vocab_size}")
+        for name, count, room in (
+            ("stop_token_ids and end-of-sequence ids", len(self._stop_ids(params)), limits.max_stop_ids),
+            ("entries of logit_bias", len(params.logit_bias or ()), limits.max_logit_bias),
+        ):
+            if count > room:
+                raise ValueError(f"{count} {name}, but the engine is configured for at most {room}")
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > limits.max_logprobs:
                 raise ValueError(
@@ -319,6 +337,15 @@ class LLM:
         text = TextStream(self.tokenizer, request.params)
         name = self.tokenizer.token_text if self.tokenizer is not None else lambda token: None
         return RunningRequest(request, text, name, lane=lane, arrival_s=arrival_s, scheduled_s=scheduled_s)
+
+
+def _derived_seed(engine_seed: int, order: int, index: int, own: int | None) -> int:
+    """Give completion `index` of a prompt its own random stream; no two origins share one.
+
+    A request with a seed of its own depends on that alone, others on the engine's seed and their place in the input.
+    """
+    name = f"engine {engine_seed} {order} {index}" if own is None else f"request {own} {index}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def _load(config: Config, path: str, mesh: jax.sharding.Mesh) -> Model:
@@ -366,7 +393,7 @@ def _make_drafter(draft: Model | None) -> drafters.Drafter:
 def _is_one_prompt(prompts: Any) -> bool:
     if isinstance(prompts, (str, Mapping)):
         return True
-    return bool(prompts) and all(isinstance(item, int) for item in prompts)
+    return len(prompts) > 0 and all(isinstance(item, numbers.Integral) for item in prompts)
 
 
 def _as_prompt(request_id: str, item: PromptLike, params: SamplingParams) -> Prompt:
@@ -377,6 +404,8 @@ def _as_prompt(request_id: str, item: PromptLike, params: SamplingParams) -> Pro
         unknown = set(item) - {"prompt", "prompt_token_ids"}
         if unknown or not item:
             raise ValueError(f"a prompt mapping holds 'prompt' or 'prompt_token_ids', got {sorted(item)}")
+        if not isinstance(item.get("prompt", ""), str):
+            raise ValueError(f"'prompt' must be a string, got {item['prompt']!r}")
         tokens = item.get("prompt_token_ids")
         return Prompt(
             request_id=request_id,

@@ -14,6 +14,7 @@ import numpy as np
 
 from streamserve.types import EMPTY_TOKEN, Request, RowContext, RowParams, TokenLogprobs
 
+_TINY = 1e-6  # nearest to zero that a factor comes: its quotients stay within float32
 _MAX_INT32 = 2**31 - 1
 KEY_IMPL = "threefry2x32"  # named, so that tokens do not depend on jax_default_prng_impl
 
@@ -32,13 +33,13 @@ def make_row(request: Request, *, max_stop_ids: int, max_logit_bias: int) -> Row
     real, whole = functools.partial(_filled, np.float32), functools.partial(_filled, np.int32)
     return RowParams(
         key=_key_data(request.seed),
-        temperature=real(params.temperature),
+        temperature=real(params.temperature and min(max(params.temperature, _TINY), 1 / _TINY)),
         top_p=real(params.top_p),
         top_k=whole(min(params.top_k, _MAX_INT32)),
         min_p=real(params.min_p),
         presence_penalty=real(params.presence_penalty),
         frequency_penalty=real(params.frequency_penalty),
-        repetition_penalty=real(params.repetition_penalty),
+        repetition_penalty=real(min(max(params.repetition_penalty, _TINY), 1 / _TINY)),
         bias_ids=_padded(list(bias), max_logit_bias, EMPTY_TOKEN, np.int32),
         bias=_padded(list(bias.values()), max_logit_bias, 0.0, np.float32),
         stop_ids=_padded(list(request.stop_ids), max_stop_ids, EMPTY_TOKEN, np.int32),
@@ -214,6 +215,7 @@ def _filter(probs_BTV: jax.Array, row: RowParams) -> jax.Array:
     mass = jnp.cumsum(ordered, axis=-1)
     # A token is kept while the mass before it is short of top_p of the whole; the most likely one always is.
     kept = (mass - ordered) < row.top_p[:, None, None] * mass[..., -1:]
+    kept = kept.at[..., 0].set(True)  # a product below float32's range would keep none
     smallest_BT1 = jnp.min(jnp.where(kept & (ordered > 0), ordered, jnp.inf), axis=-1, keepdims=True)
     probs = jnp.where((row.top_p[:, None, None] < 1) & (probs < smallest_BT1), 0.0, probs)
     filtered = probs / jnp.sum(probs, axis=-1, keepdims=True)

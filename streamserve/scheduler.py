@@ -8,7 +8,8 @@ The life of a request:
   5. Ticks are dispatched as long as a lane has requests in slots; each is read after the next one is dispatched.
   6. When its row has stopped, or its text holds a stop string, its slot is released and its output handed over.
 
-Every request ends exactly once: answered, or refused with a reason.
+Every request ends exactly once: answered, refused with a reason, or failed with its error. When the loop itself fails
+or is closed, the lanes are left empty and the error goes to the caller.
 """
 
 import collections
@@ -65,6 +66,7 @@ class Pair(Protocol):
     read: Callable[[Any], StepOutput]
     read_prompt_logprobs: Callable[[Any], TokenLogprobs]
     release: Callable[[int, str], None]
+    reset: Callable[[], None]
 
 
 class Counters:
@@ -108,7 +110,8 @@ class StreamScheduler:
         """Serve requests until the input ends and every one of them has ended.
 
         Args:
-          requests: pulled as there is room to wait, so an endless or slow input needs no memory.
+          requests: pulled a few between ticks, as many as lanes can take and at least one while there is room to
+            wait. So an endless input needs no memory; a slow one delays the ticks, since it is pulled in this loop.
 
         Yields:
           Each request's end, in the order of completion.
@@ -124,18 +127,21 @@ class StreamScheduler:
         try:
             while open_input or waiting or any(lane.busy for lane in self._lanes):
                 # 1. Pull.
-                while open_input and len(waiting) < self._config.max_waiting:
+                room = sum(self._config.max_prefills - lane.num_transit for lane in self._lanes) - len(waiting)
+                for _ in range(min(max(room, 1), self._config.max_waiting - len(waiting)) if open_input else 0):
                     item = next(source, None)
                     if item is None:
                         open_input = False
-                    elif isinstance(item, Refused):
+                        break
+                    if isinstance(item, Refused):
                         yield Finished(item.request_id, error=item.reason)
                     else:
                         waiting.append((item, self._clock()))
                 yield from self._tick(waiting)
         finally:
-            self._abandon()
             self._busy = False
+            for lane in self._lanes:
+                lane.abandon()
 
     def _tick(self, waiting: collections.deque[tuple[Request, float]]) -> list[Finished]:
         """Do each of steps 2 to 6 once."""
@@ -164,7 +170,7 @@ class StreamScheduler:
         running = self._start(request, lane=lane.index, arrival_s=arrival_s, scheduled_s=self._clock())
         try:
             item = lane.pair.prefill(request)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # it fits no program; or the device refused it, out of memory say
             return [Finished(request.request_id, error=str(error))]
         running.transfer_bytes = item.transfer_bytes
         self.counters.kv_transfers += 1
@@ -177,11 +183,6 @@ class StreamScheduler:
         lane = next((lane for lane in self._lanes if lane.transit), None)
         if lane is not None:
             lane.pair.wait(lane.transit[0][0])
-
-    def _abandon(self) -> None:
-        """Leave the lanes empty, whatever the loop was doing."""
-        for lane in self._lanes:
-            lane.abandon()
 
 
 class _Lane:
@@ -255,9 +256,9 @@ class _Lane:
         return ended
 
     def abandon(self) -> None:
-        """Drop everything under way and free the slots."""
-        for slot, running in self._slots.items():
-            self.pair.release(slot, running.request.request_id)
+        """Drop everything under way and free the slots, whatever the loop was doing."""
+        if self.busy:
+            self.pair.reset()
         self._slots.clear()
         self._pending.clear()
         self.transit.clear()

@@ -40,10 +40,12 @@ class SpeculationIsLosslessTest(parameterized.TestCase):
 
     def test_a_perfect_draft_is_accepted_and_another_is_not(self):
         rates = {}
-        for draft_seed in (0, 1):
-            ends = serve(tiny_pairs(3, draft_seed=draft_seed), 3, [make_request("a", (1, 2, 3), max_tokens=60)])
-            metrics = ends["a"].metrics
-            rates[draft_seed] = sum(metrics.accepted_per_step) / sum(metrics.drafted_per_step)
+        for draft_seed in (0, 1):  # several rows and lanes: each must draft from its own cache
+            requests = [make_request(str(i), prompt, max_tokens=40) for i, prompt in enumerate(_prompts(7, seed=3))]
+            metrics = [end.metrics for end in serve(tiny_pairs(3, draft_seed=draft_seed), 3, requests).values()]
+            # The last round of a request is cut by its length.
+            accepted = sum(sum(one.accepted_per_step[:-1]) for one in metrics)
+            rates[draft_seed] = accepted / sum(sum(one.drafted_per_step[:-1]) for one in metrics)
         self.assertEqual(rates[0], 1.0)
         self.assertLess(rates[1], 0.8)
 
@@ -95,9 +97,11 @@ class SpeculationIsLosslessTest(parameterized.TestCase):
         if "min_tokens" in params:
             self.assertTrue(all(len(end.completion.token_ids) >= 9 for end in plain.values()))
 
-    @parameterized.product(depth=(0, 3), params=({"temperature": 4.0}, {"temperature": 5.0, "top_p": 0.8, "top_k": 6}))
+    @parameterized.product(
+        depth=(0, 1, 3), params=({"temperature": 4.0}, {"temperature": 5.0, "top_p": 0.8, "top_k": 6})
+    )
     def test_sampled_output_has_the_targets_distribution(self, depth, params):
-        prompt, trials = (3, 1, 4), 3000
+        prompt, trials = (3, 1, 4), 2000
         requests = [make_request(str(i), prompt, seed=i, max_tokens=3, **params) for i in range(trials)]
         ends = serve(tiny_pairs(depth), depth, requests, max_prefills=4)
         outputs = [ends[str(i)].completion.token_ids for i in range(trials)]
@@ -107,9 +111,10 @@ class SpeculationIsLosslessTest(parameterized.TestCase):
             self.assertGreater(len(counts), length)
             self.assertGreater(stats.chisquare(counts, expected).pvalue, 1e-4, f"first {length} tokens")
         if depth:
+            # At depth 1 the third token comes as a bonus or from a second round, at depth 3 it is drafted.
             accepted = [count for end in ends.values() for count in end.metrics.accepted_per_step]
-            self.assertGreater(accepted.count(0), 100)  # corrections
-            self.assertGreater(len([count for count in accepted if count == depth]), 20)  # bonus tokens
+            self.assertGreater(accepted.count(0), 60)
+            self.assertGreater(accepted.count(min(depth, 2)), 60)
 
 
 def _exact_distribution(prompt, length, *, temperature, top_p=1.0, top_k=0) -> dict[tuple[int, ...], float]:
@@ -198,15 +203,21 @@ class CacheTest(parameterized.TestCase):
         pair = tiny_pairs(3)[1]
         request = make_request("a", (1, 2, 3), temperature=0.5, seed=3)
         item = pair.prefill(request)
-        again = pair.prefill(request)
         inputs = {device.id for device in item.prompt_logprobs.chosen.sharding.device_set}
         outputs = {device.id for device in item.prefix.length.sharding.device_set}
         self.assertTrue(inputs.isdisjoint(outputs))
         self.assertGreater(item.transfer_bytes, 2 * 8 * 2 * 8 * 4)
-        # Back on the prefill mesh, it is what the prefill program gave.
-        home = jax.device_put(again.prefix, next(iter(item.prompt_logprobs.chosen.sharding.device_set)))
-        for got, want in zip(jax.tree.leaves(item.prefix), jax.tree.leaves(home), strict=True):
+        # It arrives as the prefill mesh made it: the prefill program is asked again, and its output stays at home.
+        padded = np.asarray([[1, 2, 3, 0, 0, 0, 0, 0]], np.int32)
+        where = item.prompt_logprobs.chosen.sharding
+        inputs = jax.device_put((padded, np.asarray([3], np.int32), np.bool_(False)), where)
+        home = pair.programs.prefill[8](*pair._models.prefill_params, *inputs)
+        pairs = [(item.prefix.target, home.target), (item.prefix.draft, home.draft)]
+        pairs += [(item.prefix.prompt_seen, home.prompt_seen)]
+        for got, want in zip(*map(jax.tree.leaves, zip(*pairs, strict=True)), strict=True):
             np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+        self.assertGreater(float(np.abs(np.asarray(home.target.layers[0].k)[:, :, :3]).min()), 0)
+        self.assertEqual([int(item.prefix.length[0]), int(item.prefix.prompt_tail[0])], [3, 3])
 
     def test_what_lies_beyond_a_length_is_never_read(self):
         # truncate(append(x)) is the identity: tokens written and refused leave no trace in what comes after.
@@ -226,6 +237,7 @@ class LoopTest(parameterized.TestCase):
         pairs = tiny_pairs(3)
         scheduler = doubles.tiny_scheduler(pairs, 3)  # it compiles its router
         counter = CompilationCounter()
+        counter.on = True
         requests = [
             make_request("a", (1,), max_tokens=1),
             make_request(

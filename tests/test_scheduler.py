@@ -38,6 +38,8 @@ class FakePair:
     def prefill(self, request):
         if request.prompt_token_ids[0] == 0:
             raise ValueError("this prompt fits no bucket")
+        if request.prompt_token_ids[0] == 8:
+            raise RuntimeError("out of memory")
         self.prefilled.append(request.request_id)
         self.transit += 1
         self.most_transit = max(self.most_transit, self.transit)
@@ -73,6 +75,9 @@ class FakePair:
     def read(self, pending):
         return pending
 
+    def reset(self):
+        self.ledger, self.rows, self.transit = PageLedger(self.num_slots), {}, 0
+
     def release(self, slot, request_id):
         self.ledger.release(slot, Owner(Stage.DECODE, request_id))
         del self.rows[slot]
@@ -106,8 +111,8 @@ class SchedulerTest(parameterized.TestCase):
         assert sorted(end.request_id for end in ends) == sorted(str(index) for index in range(len(wanted)))
         for end in ends:
             token, count = wanted[int(end.request_id)]
-            if token in (0, 9):
-                assert end.error == ("no" if token == 9 else "this prompt fits no bucket")
+            if token in (0, 8, 9):
+                assert end.error == {0: "this prompt fits no bucket", 8: "out of memory", 9: "no"}[token]
             else:
                 assert end.completion.token_ids == (token,) * count
         for pair in pairs:
@@ -155,9 +160,25 @@ class SchedulerTest(parameterized.TestCase):
         self.assertEqual(pair.ledger.held(), {})
         self.assertLen(list(scheduler.run([make_request("b", (1,), max_tokens=2)])), 1)
         pair.step = lambda tier: (_ for _ in ()).throw(RuntimeError("the device is gone"))
+        pair.release = lambda slot, request_id: (_ for _ in ()).throw(RuntimeError("the state is gone too"))
         with self.assertRaisesRegex(RuntimeError, "the device is gone"):
             list(scheduler.run([make_request("c", (1,), max_tokens=2)]))
         self.assertEqual(pair.ledger.held(), {})
+        del pair.step, pair.release
+        self.assertLen(list(scheduler.run([make_request("d", (1,), max_tokens=2)])), 1)
+
+    def test_ticks_go_on_between_pulls_and_an_answer_may_bring_the_next_question(self):
+        answered = []
+
+        def dialogue():
+            yield make_request("0", (1,), max_tokens=30)
+            for index in range(1, 9):
+                yield Refused(f"no {index}", "no") if index % 2 else make_request(str(index), (1,), max_tokens=1)
+
+        for end in _scheduler([FakePair()], max_prefills=1, max_waiting=2).run(dialogue()):
+            answered.append(end.request_id)
+        self.assertLess(answered.index("0"), len(answered))
+        self.assertLen(answered, 9)
 
     def test_times_are_in_order(self):
         (end,) = _scheduler([FakePair(delay=3)]).run([make_request("a", (1,), max_tokens=9)])

@@ -53,15 +53,6 @@ class PageLedger:
         self._owners[page] = owner
         return page
 
-    def move(self, page: int, old: Owner, new: Owner) -> None:
-        """Hand a page from `old` to `new`.
-
-        Raises:
-          ValueError: `old` does not own it.
-        """
-        self._check(page, old)
-        self._owners[page] = new
-
     def release(self, page: int, owner: Owner) -> None:
         """Take a page back from `owner`.
 

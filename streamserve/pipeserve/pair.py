@@ -5,7 +5,7 @@ detokenize. No method waits for a device but `read` and `wait`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -116,9 +116,9 @@ class StreamPair:
 
     def has_arrived(self, item: InTransit) -> bool:
         """Whether a prefix is on the decode mesh, without waiting for it."""
-        # Every leaf comes from the same program and transfer; the last layer's values are the last to leave.
-        array = item.prefix.target.layers[-1].v
-        return array.is_ready()  # pyright: ignore[reportAttributeAccessIssue]  # public, but missing in JAX's stubs
+        # One leaf of each program of the prefill mesh; all leaves of a program become ready together.
+        leaves: list[Any] = [item.prefix.target.layers[-1].v, item.prefix.first_token]
+        return all(leaf.is_ready() for leaf in leaves)
 
     def wait(self, item: InTransit) -> None:
         """Wait until a prefix is on the decode mesh."""
@@ -140,7 +140,8 @@ class StreamPair:
     def step(self, tier: int) -> PendingStep:
         """Dispatch one tick at draft depth `tier`, and the copy of its output to the host."""
         self._state, packed = self.programs.step[tier](*self._models.decode_params, self._state)
-        packed.copy_to_host_async()
+        with jax.transfer_guard_device_to_host("allow"):  # the one copy of a tick starts here; `read` waits for it
+            packed.copy_to_host_async()
         return PendingStep(tier, packed)
 
     def read(self, pending: PendingStep) -> StepOutput:
@@ -160,6 +161,11 @@ class StreamPair:
         self.ledger.release(slot, Owner(Stage.DECODE, request_id))
         assert self.programs.release is not None, "nothing has been compiled"
         self._state = self.programs.release(self._state, self._slot(slot))
+
+    def reset(self) -> None:
+        """Forget all requests and begin with an empty state, whatever became of the old one."""
+        self.ledger = PageLedger(self._config.max_num_seqs)
+        self._state = self.programs.allocate()
 
     def _slot(self, slot: int) -> jax.Array:
         return jax.device_put(np.int32(slot), replicated(self._meshes.decode))

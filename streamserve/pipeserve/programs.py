@@ -40,15 +40,16 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # of jax.monitori
 
 
 class CompilationCounter:
-    """Counts the compilations of the whole process from its making on."""
+    """Counts the compilations of the process while it is switched on."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.on = False
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         del duration_secs, kwargs
-        self.count += event == _COMPILE_EVENT
+        self.count += self.on and event == _COMPILE_EVENT
 
 
 class PairModels(NamedTuple):
@@ -101,9 +102,13 @@ class Programs:
         self._meshes, self._models, self._config = meshes, models, config
         longest = max(max_model_len + max(tiers) + 1, self.buckets[-1])
         self._capacity = -(-longest // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
+        self._allocate = self._compile_allocate()
 
     def allocate(self) -> DecodeState:
         """Make an empty decode state on its mesh, each shard where it belongs."""
+        return self._allocate()
+
+    def _compile_allocate(self) -> Callable[[], DecodeState]:
         shape = self._prefix_shape(self.buckets[0])
 
         def make() -> DecodeState:
@@ -112,7 +117,8 @@ class Programs:
                 self._models.kv_shape, self._models.drafter, shape, slots=slots, capacity=self._capacity
             )
 
-        return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), self._meshes.decode))()
+        where = shardings(jax.eval_shape(make), self._meshes.decode)
+        return jax.jit(make, out_shardings=where).lower().compile()
 
     def compilations(self, state: DecodeState) -> list[tuple[str, Callable[[], None]]]:
         """List every program by name, with a function that compiles it; they may run in any order and in threads.

@@ -28,8 +28,11 @@ def warm_up(pairs: Sequence[StreamPair], *, use_tqdm: bool) -> float:
         tqdm.tqdm(total=len(jobs), desc="Compiling", unit="program", disable=not use_tqdm) as bar,
     ):
         running = {pool.submit(compile_): name for name, compile_ in jobs}
-        for future in concurrent.futures.as_completed(running):
-            future.result()
-            bar.set_postfix_str(running[future])
-            bar.update()
+        try:
+            for future in concurrent.futures.as_completed(running):
+                future.result()
+                bar.set_postfix_str(running[future])
+                bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: what has not begun never does
     return time.monotonic() - begin

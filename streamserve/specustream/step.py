@@ -179,7 +179,10 @@ def _run_round(
         wanted = jnp.any(context.row.wants_logprobs & was_active_B)
         logprobs = sampling.token_logprobs(logits_BTV, emitted_BT, wanted, max_logprobs)
     ran = lambda count_B: jnp.where(was_active_B, count_B, EMPTY_TOKEN)  # noqa: E731
-    return state, _Round(emitted_BT, ran(verdict.num_accepted), ran(draft.length), logprobs)
+    # Of the accepted tokens those count that were emitted: a stop or the length may have cut the run.
+    num_emitted_B = jnp.sum(emitted_BT != EMPTY_TOKEN, axis=1, dtype=jnp.int32)
+    accepted_B = jnp.minimum(verdict.num_accepted, num_emitted_B)
+    return state, _Round(emitted_BT, ran(accepted_B), ran(draft.length), logprobs)
 
 
 def _no_draft(batch: int, vocab: int) -> Draft:
