@@ -56,11 +56,11 @@ def get_config() -> ml_collections.ConfigDict:
         "save_every": 50,
     }
     config.draft_phase = {
-        "short": {"steps": 660, "rows": 8, "micro_rows": 2, "length": 512, "chunk": 128},
-        "long": {"steps": 40, "rows": 2, "micro_rows": 1, "length": 2048, "chunk": 256},
+        "short": {"steps": 220, "rows": 8, "micro_rows": 2, "length": 512, "chunk": 128},
+        "long": {"steps": 20, "rows": 2, "micro_rows": 1, "length": 2048, "chunk": 256},
         "learning_rate": 6e-3,
         "warmup_steps": 20,
-        "decay_steps": 250,
+        "decay_steps": 100,
         "weight_decay": 0.0,
         "clip": 1.0,
         "kl_weight": 1.0,

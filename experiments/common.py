@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from streamserve.config import Config, from_mapping
@@ -32,6 +32,7 @@ class RunError(Exception):
 
 def run_main(main: Callable[[Sequence[str]], int], *, default_config: pathlib.Path) -> None:
     """Parse the command line, run `main`, and exit with its code; wrong flags end with one line and code 2."""
+    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which platforms it did not find
     app.run(main, flags_parser=functools.partial(parse_flags, default_config=default_config))
 
 

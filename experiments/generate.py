@@ -238,6 +238,16 @@ def _checked_input(options: Options) -> BinaryIO:
         lines = options.input.open("rb")
     except OSError as error:
         raise common.RunError(f"cannot read the input {str(options.input)!r}: {error.strerror or error}") from None
+    try:
+        _check_output(options)
+    except common.RunError:
+        lines.close()
+        raise
+    return lines
+
+
+def _check_output(options: Options) -> None:
+    """Make the workdir, and see whether the output can be written."""
     with _writing(options.workdir):
         options.workdir.mkdir(parents=True, exist_ok=True)
     folder = options.output.parent
@@ -246,7 +256,6 @@ def _checked_input(options: Options) -> BinaryIO:
         raise common.RunError(f"cannot write {str(options.output)!r}: {reason}")
     if not os.access(options.output if options.output.exists() else folder, os.W_OK):
         raise common.RunError(f"cannot write {str(options.output)!r}: permission denied")
-    return lines
 
 
 def _same(first: pathlib.Path, second: pathlib.Path) -> bool:

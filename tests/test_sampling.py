@@ -74,7 +74,7 @@ class ProbabilitiesTest(parameterized.TestCase):
         self.assertEqual(np.asarray(probs)[0, 0].tolist(), [0.0, 1.0, *[0.0] * 9])
 
     def test_a_row_does_not_see_its_neighbours_parameters(self):
-        logits = jnp.asarray(np.random.default_rng(1).normal(size=(1, 2, VOCAB)).astype(np.float32))
+        logits = jnp.asarray(np.random.default_rng(1).normal(size=(1, 100, VOCAB)).astype(np.float32))
         params = [{"temperature": 1.0}, {"temperature": 0.0}, {"temperature": 0.8, "top_k": 2}]
         together = sampling.probabilities(jnp.repeat(logits, 3, axis=0), _rows(*params))
         for index, one in enumerate(params):

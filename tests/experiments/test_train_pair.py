@@ -206,9 +206,11 @@ def test_gradients_of_micro_rows_add_up_to_the_batchs(pair):
 
     def after(micro_rows):
         stage = dataclasses.replace(CONFIG.target_phase.short, micro_rows=micro_rows)
-        step = make_step(make_loss(model, None, 0.0, stage.chunk), optax.sgd(1.0), stage)
+        optimizer = optax.sgd(1.0)
+        step = make_step(make_loss(model, None, 0.0, stage.chunk), optimizer, stage)
         copy = jax.tree.map(jnp.copy, params)
-        state, loss = step(pair_training.TrainState(step=jnp.ones((), jnp.int32), params=copy, opt_state=()), (), rows)
+        begin = pair_training.TrainState(step=jnp.ones((), jnp.int32), params=copy, opt_state=optimizer.init(copy))
+        state, loss = step(begin, (), rows)
         return loss, state.params
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), after(2), after(4))
