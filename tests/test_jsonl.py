@@ -1,5 +1,6 @@
 """Files hold complete lines only, in input order, whatever goes wrong."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -63,6 +64,7 @@ def test_an_answer_is_taken_once(tmp_path):
     for index in (0, 2):
         with pytest.raises(AssertionError, match="twice"):
             writer.put(index, {})
+    writer.close()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -78,6 +80,7 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path, error, room):
     file._file = whole  # room again
     file.write({"a": 3})
     assert lines_of(path) == [{"a": 1}, {"a": 3}]
+    file.close()
 
 
 def test_an_interrupted_answer_is_written_once_when_the_writer_closes(tmp_path):
@@ -108,14 +111,16 @@ def test_an_answer_whose_write_was_complete_when_the_interrupt_came_is_not_writt
 
 
 def test_a_full_device_is_an_error():
-    with pytest.raises(OSError, match="No space left"):
-        JsonLinesFile(pathlib.Path("/dev/full")).write({})
+    with contextlib.closing(JsonLinesFile(pathlib.Path("/dev/full"))) as file:
+        with pytest.raises(OSError, match="No space left"):
+            file.write({})
 
 
 def test_text_is_written_as_it_is_and_half_a_surrogate_pair_escaped(tmp_path):
     file = JsonLinesFile(tmp_path / "out.jsonl")
     file.write({"a": "é\n😀"})
     file.write({"a": "\ud800"})
+    file.close()
     assert "é\\n😀" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")
     assert lines_of(tmp_path / "out.jsonl") == [{"a": "é\n😀"}, {"a": "\ud800"}]
 
