@@ -111,9 +111,9 @@ def test_an_answer_whose_write_was_complete_when_the_interrupt_came_is_not_writt
 
 
 def test_a_full_device_is_an_error():
-    with contextlib.closing(JsonLinesFile(pathlib.Path("/dev/full"))) as file:
-        with pytest.raises(OSError, match="No space left"):
-            file.write({})
+    file = JsonLinesFile(pathlib.Path("/dev/full"))
+    with contextlib.closing(file), pytest.raises(OSError, match="No space left"):
+        file.write({})
 
 
 def test_text_is_written_as_it_is_and_half_a_surrogate_pair_escaped(tmp_path):
