@@ -55,7 +55,7 @@ def parse_flags(
         rest = values(arguments)
         values.config.to_dict()  # a file that is missing is reported on access only
     except Exception as error:  # the config file is a program: whatever it raises is about the user's file
-        stop(f"{_flag_problem(argv, error)} (--help lists the flags)")
+        stop(f"{_flag_problem(argv, error)} (--helpfull lists the flags, configs/tiny_cpu.py the fields)")
     if len(rest) > 1:
         stop(f"unexpected argument {rest[1]!r} (flags start with --)")
     return rest
