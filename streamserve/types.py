@@ -23,7 +23,6 @@ Device = Any  # a jax.Device, whose name JAX's stubs give as a variable, not as 
 Params = Any  # a pytree of parameters, one subtree a layer; opaque to everything but `streamserve.models`
 
 EMPTY_TOKEN = -1  # an emission column that holds no token
-EMPTY_SLOT = -1  # a request that holds no decode slot
 
 
 class FinishCode(enum.IntEnum):

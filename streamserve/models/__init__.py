@@ -4,7 +4,7 @@ from streamserve.models.checkpoint import Checkpoints
 from streamserve.models.config import ModelConfig
 from streamserve.models.hf_config import from_hf
 from streamserve.models.load import Model, export_hf, load_config, load_model, place, resolve_path
-from streamserve.models.sharding import cache_sharding, param_shardings
+from streamserve.models.sharding import param_shardings
 from streamserve.models.transformer import abstract_params, forward_fns, hidden_states, init_params, kv_shape
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Model",
     "ModelConfig",
     "abstract_params",
-    "cache_sharding",
     "export_hf",
     "forward_fns",
     "from_hf",

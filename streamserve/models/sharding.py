@@ -49,8 +49,3 @@ def param_shardings(abstract_params: Params, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*[None] * dimension, meshes.TENSOR_AXIS))
 
     return jax.tree_util.tree_map_with_path(place, abstract_params)
-
-
-def cache_sharding(mesh: Mesh) -> NamedSharding:
-    """Divide a cache [B, G, C, D] by key/value heads."""
-    return meshes.kv_sharding(mesh)
