@@ -22,18 +22,40 @@ def get_config() -> ml_collections.ConfigDict:
         "load_format": "auto",
         "max_model_len": 2560,
     }
-    config.topology = {"num_pairs": 2, "prefill_devices": 1, "decode_devices": 1, "share_devices": False}
+    config.topology = {
+        "topology": "disaggregated",
+        "num_pairs": 2,
+        "prefill_devices": 1,
+        "decode_devices": 1,
+        "share_devices": False,
+    }
     config.pipeserve = {
         "max_num_seqs": 8,
-        "prefill_buckets": (64, 256, 1024),
+        "decode_batches": (2,),
+        "max_prefills": 8,
+        "prefill_buckets": (64, 512),
+        "page_size": 64,
+        "prefill_pool_tokens": 20480,
+        "decode_pool_tokens": 20480,
+        "transfer_buckets": (4, 16),
         "rounds_per_tick": 4,
+        "enable_prefix_caching": True,
+        "draft_kv": "transfer",
+        "preemption": "recompute",
         "max_logprobs": 20,
         "max_stop_ids": 8,
         "max_logit_bias": 64,
     }
     config.speculation = {"method": "draft_model", "model": "bundled:draft", "num_speculative_tokens": 3}
     config.routing = {"policy": "round_robin"}
-    config.scheduler = {"policy": "fcfs", "max_waiting": 64, "max_prefills": 2}
+    config.scheduler = {
+        "max_waiting": 64,
+        "prefill_calls": 2,
+        "transfer_timeout_s": 30.0,
+        "max_transfers": 3,
+        "forbid_compilation": False,
+    }
     config.seed = 0
+    config.compilation_cache_dir = config_dict.placeholder(str)
     config.sampling = {"max_tokens": 64, "temperature": 0.0}
     return config

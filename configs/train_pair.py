@@ -36,8 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.export_dtype = "bfloat16"
     config.corpus = {
         "held_out_share": 0.02,
-        # Sources are long and half identifiers: whole, they would crowd out what prompts look like.
-        "shares": {"source": 0.3, "math_chat": 0.5, "instruction": 0.7},
+        # Sources are long and half identifiers, worked problems are alike: whole, they would crowd out the rest.
+        "shares": {"source": 0.3, "math": 0.7, "math_chat": 0.3, "instruction": 0.5},
         "tokenizer_source_share": 0.25,
         "eval_rows": 32,
         "eval_length": 512,
@@ -45,22 +45,22 @@ def get_config() -> ml_collections.ConfigDict:
     config.target = {**_LLAMA, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
     config.draft = {**_LLAMA, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     config.target_phase = {
-        "short": {"steps": 552, "rows": 8, "micro_rows": 2, "length": 512, "chunk": 128},
-        "long": {"steps": 48, "rows": 2, "micro_rows": 1, "length": 2048, "chunk": 256},
+        "short": {"steps": 644, "rows": 8, "micro_rows": 2, "length": 512, "chunk": 128},
+        "long": {"steps": 56, "rows": 2, "micro_rows": 1, "length": 2048, "chunk": 256},
         "learning_rate": 4e-3,
         "warmup_steps": 30,
-        "decay_steps": 180,
+        "decay_steps": 220,
         "weight_decay": 0.05,
         "clip": 1.0,
         "kl_weight": 0.0,
         "save_every": 50,
     }
     config.draft_phase = {
-        "short": {"steps": 220, "rows": 8, "micro_rows": 2, "length": 512, "chunk": 128},
-        "long": {"steps": 20, "rows": 2, "micro_rows": 1, "length": 2048, "chunk": 256},
+        "short": {"steps": 560, "rows": 8, "micro_rows": 2, "length": 512, "chunk": 128},
+        "long": {"steps": 40, "rows": 2, "micro_rows": 1, "length": 2048, "chunk": 256},
         "learning_rate": 6e-3,
         "warmup_steps": 20,
-        "decay_steps": 100,
+        "decay_steps": 220,
         "weight_decay": 0.0,
         "clip": 1.0,
         "kl_weight": 1.0,

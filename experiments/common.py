@@ -129,6 +129,18 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
         raise RunError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Read a file that `write_json` has written.
+
+    Raises:
+      RunError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {str(path)!r}: {error}") from None
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

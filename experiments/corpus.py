@@ -35,6 +35,10 @@ SKIPPED_FOLDERS = frozenset(("test", "tests", "idlelib", "idle_test", "site-pack
 SKIPPED_MODULES = re.compile(r"pydoc_data|_sysconfigdata|(^|\.)encodings\.|html\.entities|__phello__")
 MAX_BODY_LINES = 40  # of a function whose completion is a document; longer ones do not fit a short answer
 MIN_PROSE_CHARACTERS = 80  # shorter docstrings teach nothing that their function's own document does not
+STORY_QUESTIONS = 5  # word problems that are told one after the other where a narrative is to be summarised
+# Words with the sign or space before them, single digits, runs of signs, line breaks, spaces. A line break never
+# shares a token with what follows: a prompt that ends in one is cut there, and must look as it did in training.
+SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 BLOCK_CHARACTERS = 6000  # of source or prose a document: a little less than the longest training row
 
 
@@ -45,7 +49,7 @@ class Document:
     Attributes:
       kind: which template made it; the mixture counts by kind.
       text: without the end-of-text token.
-      held_out: never trained on. All documents of one question or one module are on the same side.
+      held_out: never trained on. All documents of one module, or of one story's questions, are on one side.
     """
 
     kind: str
@@ -73,13 +77,16 @@ def read_documents(gsm8k_path: pathlib.Path | None, stdlib_path: pathlib.Path, h
 
 
 def math_texts(path: pathlib.Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (origin, kind, text) of each worked problem, as plain text and as a conversation."""
+    """Yield (origin, kind, text) of worked problems, plain and as conversations, and of stories made of questions."""
     with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            question, answer = row["question"].strip(), row["answer"].strip()
-            yield question, "math", f"{question}\n{answer}"
-            yield question, "math_chat", f"<|user|>\n{question}\n<|assistant|>\n{answer}"
+        rows = [json.loads(line) for line in lines]
+    for first in range(0, len(rows), STORY_QUESTIONS):
+        told = [(row["question"].strip(), row["answer"].strip()) for row in rows[first : first + STORY_QUESTIONS]]
+        origin = told[0][0]  # of all of them, so that no story for training tells a question that is held out
+        for question, answer in told:
+            yield origin, "math", f"{question}\n{answer}"
+            yield origin, "math_chat", f"<|user|>\n{question}\n<|assistant|>\n{answer}"
+        yield from ((origin, kind, text) for kind, text in _summary(" ".join(question for question, _ in told)))
 
 
 def stdlib_texts(root: pathlib.Path) -> Iterator[tuple[str, str, str]]:
@@ -113,11 +120,22 @@ def module_texts(module: str, source: str, tree: ast.Module) -> Iterator[tuple[s
         if not doc:
             continue
         yield "instruction", f"What does {name} do?\n{_first_sentence(doc)}"
+        yield "instruction", f"Explain {name} in one sentence.\n{_first_sentence(doc)}"
         if len(doc) >= MIN_PROSE_CHARACTERS:
             yield "prose", doc
             yield from _summary(doc)
         if not isinstance(node, ast.ClassDef):
             yield from _completion(node, lines)
+        else:
+            yield from _method_list(name, node)
+
+
+def _method_list(name: str, node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    """Ask for a list."""
+    methods = [item.name for item in node.body if isinstance(item, ast.FunctionDef) and item.name[0] != "_"]
+    if len(methods) >= 2:
+        listed = "\n".join(f"{index}. {method}" for index, method in enumerate(methods[:9], 1))
+        yield "instruction", f"List {len(methods[:9])} methods of {name}.\n{listed}"
 
 
 def _summary(prose: str) -> Iterator[tuple[str, str]]:
@@ -185,8 +203,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
       vocab_size: tokens in all, special ones included; fewer when the texts give fewer.
     """
     backend = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue] a setter in Rust
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue] a setter in Rust
     trainer = trainers.BpeTrainer(

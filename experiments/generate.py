@@ -27,7 +27,7 @@ from absl import flags
 
 import streamserve
 from experiments import common
-from streamserve import answers, jsonl, metrics, workload
+from streamserve import answers, jsonl, metrics, report_table, workload
 from streamserve.config import Config
 from streamserve.tokenizer import Tokenizer
 from streamserve.types import Prompt, RequestOutput
@@ -58,11 +58,15 @@ class Engine(Protocol):
         """Counters."""
         ...
 
+    def close(self) -> None:
+        """Finish the trace."""
+        ...
+
 
 class MakeEngine(Protocol):
     """What this script needs of `streamserve.LLM.from_config`."""
 
-    def __call__(self, config: Config, /, *, use_tqdm: bool) -> Engine:
+    def __call__(self, config: Config, /, *, use_tqdm: bool, trace: pathlib.Path) -> Engine:
         """Build the engine and compile everything."""
         ...
 
@@ -109,7 +113,7 @@ def _run(options: Options, make_engine: MakeEngine) -> int:
         common.write_json(options.workdir / "config.json", options.config)
         _reader(defaults, None)  # the defaults of a wrong config should not cost a compilation
         try:
-            engine = make_engine(config, use_tqdm=True)
+            engine = make_engine(config, use_tqdm=True, trace=options.workdir / "trace.json")
         except (ValueError, OSError) as error:
             raise common.RunError(str(error)) from None
         environment = common.environment(share_devices=config.topology.share_devices, command=options.command)
@@ -124,6 +128,7 @@ def _run(options: Options, make_engine: MakeEngine) -> int:
             start_s = time.monotonic()
             interrupted = _serve(engine, reader.read(_readable(lines, options.input)), recorder)
             duration_s = time.monotonic() - start_s
+        engine.close()
     results = metrics.summarise(recorder.tally, duration_s, engine.stats())
     common.write_json(options.workdir / "results.json", results | ({"interrupted": True} if interrupted else {}))
     return _report(options, recorder, results, interrupted=interrupted)
@@ -204,7 +209,7 @@ class _Recorder:
 
 def _report(options: Options, recorder: _Recorder, results: dict[str, Any], *, interrupted: bool) -> int:
     """Print the summary; returns the exit code."""
-    print(metrics.format_table(results))
+    print(report_table.format_table(results))
     print(f"Answers: {options.output}\nRecord:  {options.workdir}")
     failed = recorder.tally.failed
     if failed:
@@ -227,7 +232,7 @@ def _reader(defaults: Mapping[str, Any], tokenizer: Tokenizer | None) -> workloa
 
 def _checked_input(options: Options) -> BinaryIO:
     """Check all paths before anything costly, make the workdir, and open the input."""
-    written = (options.output, *(options.workdir / name for name in ("requests.jsonl", "results.json")))
+    written = (options.output, *(options.workdir / name for name in ("requests.jsonl", "results.json", "trace.json")))
     if len({path.resolve() for path in written}) < len(written):
         raise common.RunError(f"the output {str(options.output)!r} is a file that the workdir's record needs")
     if options.input.resolve() in {path.resolve() for path in written} or _same(options.input, options.output):

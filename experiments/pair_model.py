@@ -52,14 +52,11 @@ def logits_of(model: TrainModel, params: Params, tokens_BS: jax.Array, chunk: in
       float32 [B, S, V].
     """
     batch, length = tokens_BS.shape
-    kv, hidden = cache.zeros(kv_shape(model.config, jnp.float32), batch, 0), []
+    kv, hidden = cache.rows(kv_shape(model.config, jnp.float32), batch, length, page_size=chunk), []
     for start in range(0, length, chunk):
-        kv = _grow(kv, chunk)
+        seen = KVCache(pool=kv.pool, table=kv.table[:, : start // chunk + 1])
         start_B = jnp.full((batch,), start, jnp.int32)
-        part, kv = model.fns.forward(params, tokens_BS[:, start : start + chunk], kv, start_B)
+        part, seen = model.fns.forward(params, tokens_BS[:, start : start + chunk], seen, start_B)
+        kv = KVCache(pool=seen.pool, table=kv.table)
         hidden.append(part)
     return model.fns.logits(params, jnp.concatenate(hidden, axis=1))
-
-
-def _grow(kv: KVCache, count: int) -> KVCache:
-    return jax.tree.map(lambda a_BGCD: jnp.pad(a_BGCD, ((0, 0), (0, 0), (0, count), (0, 0))), kv)

@@ -51,22 +51,40 @@ def refusal(bad: BadLine) -> JsonDict:
 
 
 def request_metrics(output: RequestOutput) -> JsonDict:
-    """Times of a request in milliseconds, and where it ran. With `n` > 1: its first token, its last end."""
+    """Times of a request in milliseconds, what it cost, and where it ran.
+
+    With `n` > 1 each stage ends when the first completion leaves it, and the last one when all have, so that stages
+    add up to `e2el_ms`. `itls_ms` lists the gaps of all completions, one completion after the other; counts are sums.
+    """
     if not output.metrics:
         return {}
     arrival_s = output.metrics[0].arrival_s
+    scheduled_s = min(times.scheduled_s for times in output.metrics)
+    prefilled_s = min(times.prefilled_s for times in output.metrics)
+    handed_off_s = min(times.handed_off_s for times in output.metrics)
+    transferred_s = min(times.transferred_s for times in output.metrics)
     first_s = min(times.first_token_s for times in output.metrics)
     end_s = max(times.finished_s for times in output.metrics)
+    itls_ms = [round(1000 * gap_s, 3) for times in output.metrics for gap_s in times.itls_s]
     tokens = sum(len(completion.token_ids) for completion in output.outputs)
     result: JsonDict = {
         "num_prompt_tokens": len(output.prompt_token_ids),
         "num_output_tokens": tokens,
-        "queue_ms": 1000 * (min(times.scheduled_s for times in output.metrics) - arrival_s),
+        "cached_tokens": sum(times.cached_tokens for times in output.metrics),
+        "queue_ms": 1000 * (scheduled_s - arrival_s),
+        "prefill_ms": 1000 * (prefilled_s - scheduled_s),
+        "page_wait_ms": 1000 * (handed_off_s - prefilled_s),
+        "transfer_ms": 1000 * (transferred_s - handed_off_s),
+        "decode_ms": 1000 * (end_s - transferred_s),
         "ttft_ms": 1000 * (first_s - arrival_s),
         "e2el_ms": 1000 * (end_s - arrival_s),
         "lanes": [times.lane for times in output.metrics],
+        "num_preemptions": sum(times.num_preemptions for times in output.metrics),
+        "kv_transfer_pages": sum(times.transfer_pages for times in output.metrics),
         "kv_transfer_bytes": sum(times.transfer_bytes for times in output.metrics),
     }
+    if itls_ms:
+        result["itls_ms"] = itls_ms
     if len(output.outputs) == 1 and tokens > 1:
         result["tpot_ms"] = 1000 * (end_s - first_s) / (tokens - 1)
     return result

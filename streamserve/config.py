@@ -60,51 +60,86 @@ class TopologyConfig:
     """How devices are divided.
 
     Attributes:
+      topology: "disaggregated" gives each pair a prefill and a decode mesh; "colocated" one mesh for both, the control
+        that disaggregation is measured against.
       num_pairs: stream pairs (lanes).
-      prefill_devices: devices of each prefill mesh, its degree of tensor parallelism.
+      prefill_devices: devices of each prefill mesh, its degree of tensor parallelism; unused when colocated.
       decode_devices: the same of each decode mesh.
       share_devices: let meshes share devices when there are too few.
     """
 
+    topology: str = "disaggregated"
     num_pairs: int = 1
     prefill_devices: int = 1
     decode_devices: int = 1
     share_devices: bool = False
 
     def __post_init__(self) -> None:
+        _check_choice("topology.topology", self.topology, ("disaggregated", "colocated"))
         for name in ("num_pairs", "prefill_devices", "decode_devices"):
             _check_range(f"topology.{name}", getattr(self, name), 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PipeServeConfig:
-    """Sizes of the prefill and decode programs of every stream pair.
+    """Sizes of the prefill and decode programs of every stream pair, and what its pages do.
 
     Attributes:
       max_num_seqs: decode slots a pair.
-      prefill_buckets: prompt lengths in tokens that programs are compiled for, ascending; those beyond the model's
-        length are dropped, and the model's length is added where the largest falls short of it.
+      decode_batches: numbers of slots, ascending, that decode programs are compiled for besides `max_num_seqs`: a tick
+        runs over as few slots as are held. Numbers that are no smaller are left out.
+      max_prefills: prompts between admission and a decode slot, a pair; back-pressure on the prefill mesh.
+      prefill_buckets: tokens of a prefill call that programs are compiled for, ascending; rounded up to pages. The
+        largest is the token budget of a call, which several prompts share and a long one is cut to.
+      page_size: positions of a page of the cache, tokens.
+      prefill_pool_tokens: size of the prefill mesh's pools, prefix cache included, tokens; None for `max_prefills`
+        prompts of full length.
+      decode_pool_tokens: size of the decode mesh's pools, tokens; None for `max_num_seqs` requests of full length.
+      transfer_buckets: pages that one hand-off program carries, besides 1, ascending; those beyond the longest request
+        are left out.
       rounds_per_tick: draft-verify rounds that one dispatch runs on the device.
+      enable_prefix_caching: keep whole pages of prompts for those that begin alike.
+      draft_kv: "transfer" hands the draft's pages over; "recompute" lets the draft read the prompt on the decode mesh.
+        A colocated pair has no need of either.
+      preemption: what becomes of a request that loses its pages to others: "recompute" begins it again at prefill,
+        "keep" holds its pages in the host's memory until there is room.
       max_logprobs: most `logprobs` and `prompt_logprobs` a request may ask for.
       max_stop_ids: most token ids that may end a request, end-of-sequence ids included.
       max_logit_bias: most tokens that a request's `logit_bias` may name.
     """
 
     max_num_seqs: int = 8
-    prefill_buckets: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+    decode_batches: tuple[int, ...] = ()
+    max_prefills: int = 8
+    prefill_buckets: tuple[int, ...] = (64, 256, 1024)
+    page_size: int = 64
+    prefill_pool_tokens: int | None = None
+    decode_pool_tokens: int | None = None
+    transfer_buckets: tuple[int, ...] = (4, 16)
     rounds_per_tick: int = 4
+    enable_prefix_caching: bool = True
+    draft_kv: str = "transfer"
+    preemption: str = "recompute"
     max_logprobs: int = 20
     max_stop_ids: int = 8
     max_logit_bias: int = 64
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prefill_buckets", tuple(self.prefill_buckets))
-        for name in ("max_num_seqs", "rounds_per_tick", "max_stop_ids", "max_logit_bias"):
+        for name in ("decode_batches", "prefill_buckets", "transfer_buckets"):
+            sizes = tuple(getattr(self, name))
+            object.__setattr__(self, name, sizes)
+            if (sizes and sizes[0] < 1) or any(a >= b for a, b in itertools.pairwise(sizes)):
+                raise ValueError(f"pipeserve.{name} must ascend from at least 1, got {sizes}")
+        if not self.prefill_buckets:
+            raise ValueError("pipeserve.prefill_buckets must name at least one size")
+        for name in (
+            *("max_num_seqs", "max_prefills", "page_size", "rounds_per_tick", "max_stop_ids", "max_logit_bias"),
+            *(name for name in ("prefill_pool_tokens", "decode_pool_tokens") if getattr(self, name) is not None),
+        ):
             _check_range(f"pipeserve.{name}", getattr(self, name), 1)
         _check_range("pipeserve.max_logprobs", self.max_logprobs, 0)
-        buckets = self.prefill_buckets
-        if not buckets or buckets[0] < 1 or any(a >= b for a, b in itertools.pairwise(buckets)):
-            raise ValueError(f"pipeserve.prefill_buckets must ascend from at least 1, got {buckets}")
+        _check_choice("pipeserve.draft_kv", self.draft_kv, ("transfer", "recompute"))
+        _check_choice("pipeserve.preemption", self.preemption, ("recompute", "keep"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,19 +187,24 @@ class SchedulerConfig:
     """StreamScheduler.
 
     Attributes:
-      policy: order of admission; "fcfs" is first come, first served.
-      max_waiting: requests taken from the input ahead of admission.
-      max_prefills: prefills dispatched and not yet in a decode slot, a lane; back-pressure on the prefill mesh.
+      max_waiting: requests that may wait for a lane; more are refused, or not pulled from the input yet.
+      prefill_calls: prefill calls dispatched and not seen to end, a lane; a request that arrives waits for as many.
+      transfer_timeout_s: seconds after which a hand-off that has not arrived is begun again.
+      max_transfers: attempts at a hand-off before its request fails.
+      forbid_compilation: a compilation after warm-up is an error, not a count.
     """
 
-    policy: str = "fcfs"
     max_waiting: int = 64
-    max_prefills: int = 2
+    prefill_calls: int = 2
+    transfer_timeout_s: float = 30.0
+    max_transfers: int = 3
+    forbid_compilation: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("scheduler.policy", self.policy, ("fcfs",))
-        _check_range("scheduler.max_waiting", self.max_waiting, 1)
-        _check_range("scheduler.max_prefills", self.max_prefills, 1)
+        for name in ("max_waiting", "prefill_calls", "max_transfers"):
+            _check_range(f"scheduler.{name}", getattr(self, name), 1)
+        if not self.transfer_timeout_s > 0:
+            raise ValueError(f"scheduler.transfer_timeout_s must be positive, got {self.transfer_timeout_s}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +213,7 @@ class Config:
 
     Attributes:
       seed: of everything random; the same seed and config give the same tokens, decisions and log.
+      compilation_cache_dir: folder in which compiled programs are kept for the next start; None keeps none.
     """
 
     model: ModelArgs = ModelArgs()
@@ -182,6 +223,7 @@ class Config:
     routing: RoutingConfig = RoutingConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     seed: int = 0
+    compilation_cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         _check_range("seed", self.seed, 0)

@@ -5,8 +5,8 @@ becomes requests and requests become an output; everything else is the component
 """
 
 import dataclasses
-import hashlib
-import numbers
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,28 +18,29 @@ from streamserve import mesh as meshes
 from streamserve.bandits import Policy
 from streamserve.config import BUNDLED_TARGET, Config, from_mapping
 from streamserve.flowguard import FlowGuard, round_robin
+from streamserve.lifecycle import State
 from streamserve.metrics import EngineStats
 from streamserve.models import Model, load_model, place, resolve_path
-from streamserve.pipeserve import CompilationCounter, PairModels, StreamPair, warm_up
+from streamserve.pipeserve import (
+    CompilationCounter,
+    PairModels,
+    Programs,
+    StreamPair,
+    lane_sizes,
+    persistent_cache,
+    warm_up,
+)
+from streamserve.prompts import EngineLimits, OpenPrompt, PromptLike, PromptReader, as_prompt, is_one_prompt
 from streamserve.sampling_params import SamplingParams
 from streamserve.scheduler import Finished, Refused, StreamScheduler
 from streamserve.sequence import RunningRequest
 from streamserve.specustream import drafters, verify
 from streamserve.tokenizer import TextStream, Tokenizer, load_eos_ids, load_tokenizer
+from streamserve.trace import NullTracer, TraceWriter
 from streamserve.types import Prompt, Request, RequestOutput
 
 # Names in a config and the factories behind them: a new one is one more line.
 ROUTERS: Mapping[str, Callable[[int], Policy]] = {"round_robin": round_robin}
-
-PromptLike = str | Sequence[int] | Mapping[str, Any]
-
-
-class _Open:
-    """A prompt whose completions are not all in."""
-
-    def __init__(self, prompt: Prompt, token_ids: tuple[int, ...], *, expected: int):
-        self.prompt, self.token_ids, self.expected = prompt, token_ids, expected
-        self.ends: dict[int, Finished] = {}
 
 
 class LLM:
@@ -59,6 +60,9 @@ class LLM:
         load_format: str = "auto",
         tensor_parallel_size: int = 1,
         num_stream_pairs: int = 1,
+        topology: str = "disaggregated",
+        enable_prefix_caching: bool = True,
+        compilation_cache_dir: str | None = None,
         use_tqdm: bool = True,
     ):
         """Load the model, compile every program, and be ready.
@@ -78,6 +82,9 @@ class LLM:
           load_format: "auto", or "dummy" for random weights from the config alone.
           tensor_parallel_size: devices of each prefill and of each decode mesh.
           num_stream_pairs: lanes.
+          topology: "disaggregated" prefills and decodes on meshes of their own; "colocated" on one mesh.
+          enable_prefix_caching: reuse the keys and values of prompts that begin alike.
+          compilation_cache_dir: folder in which compiled programs are kept for the next start.
           use_tqdm: show a progress bar while compiling.
 
         Raises:
@@ -97,66 +104,76 @@ class LLM:
                     "max_model_len": max_model_len,
                 },
                 "topology": {
+                    "topology": topology,
                     "num_pairs": num_stream_pairs,
                     "prefill_devices": tensor_parallel_size,
                     "decode_devices": tensor_parallel_size,
                 },
-                "pipeserve": {"max_num_seqs": max_num_seqs},
+                "pipeserve": {"max_num_seqs": max_num_seqs, "enable_prefix_caching": enable_prefix_caching},
                 "speculation": speculation,
                 "seed": seed,
+                "compilation_cache_dir": compilation_cache_dir,
             },
         )
         self._build(config, use_tqdm=use_tqdm)
 
     @classmethod
-    def from_config(cls, config: Config, *, use_tqdm: bool = False) -> "LLM":
-        """Build from a whole configuration; raises as the constructor does."""
+    def from_config(
+        cls, config: Config, *, use_tqdm: bool = False, trace: str | os.PathLike[str] | None = None
+    ) -> "LLM":
+        """Build from a whole configuration; raises as the constructor does.
+
+        Args:
+          config: everything.
+          use_tqdm: show a progress bar while compiling.
+          trace: file for a timeline of what the engine does, which Perfetto opens; None for none. `close` ends it.
+        """
         llm = cls.__new__(cls)
-        llm._build(config, use_tqdm=use_tqdm)
+        llm._build(config, use_tqdm=use_tqdm, trace=trace)
         return llm
 
-    def _build(self, config: Config, *, use_tqdm: bool) -> None:
+    def _build(self, config: Config, *, use_tqdm: bool, trace: str | os.PathLike[str] | None = None) -> None:
         """Load, wire and compile."""
         self.config = config
         path = resolve_path(config.model.model)
         tokenizer_path = path if config.model.tokenizer is None else resolve_path(config.model.tokenizer)
         self.tokenizer = None if config.model.skip_tokenizer_init else load_tokenizer(tokenizer_path)
         own_eos = () if self.tokenizer is None else self.tokenizer.eos_ids
-        self._eos_ids = tuple(dict.fromkeys((*load_eos_ids(path), *own_eos)))
         meshes.request_cpu_devices(config.topology)
         pairs = meshes.make_pairs(config.topology, jax.devices())
         target = _load(config, str(path), pairs[0].prefill)
         draft = _load_draft(config, target, self.tokenizer, pairs[0].prefill)
         self.max_model_len = _max_model_len(config, target, draft)
-        self._vocab_size = target.config.vocab_size
-        drafter = _make_drafter(draft)
-        depth = config.speculation.depth
-        self._pairs = []
-        for index, pair in enumerate(pairs):
-            models = PairModels(
-                target=target.fns,
-                kv_shape=target.kv_shape,
-                vocab_size=self._vocab_size,
-                drafter=drafter,
-                verify=verify.rejection,
-                prefill_params=_params_on(pair.prefill, target, draft),
-                decode_params=_params_on(pair.decode, target, draft),
-            )
-            self._pairs.append(
-                StreamPair(index, pair, models, config.pipeserve, max_model_len=self.max_model_len, tiers=(depth,))
-            )
-        self._warmup_s = warm_up(self._pairs, use_tqdm=use_tqdm)
-        flowguard = FlowGuard(
-            ROUTERS[config.routing.policy],
-            num_lanes=len(pairs),
+        limits = EngineLimits(
+            max_model_len=self.max_model_len,
+            vocab_size=target.config.vocab_size,
+            eos_ids=tuple(dict.fromkeys((*load_eos_ids(path), *own_eos))),
             seed=config.seed,
-            device=meshes.control_device(),
+            pipeserve=config.pipeserve,
         )
+        self._prompts = PromptReader(self.tokenizer, limits)
+        self._pairs = _make_pairs(config, pairs, target, draft, self.max_model_len)
+        with persistent_cache(config.compilation_cache_dir):
+            self._warmup_s, self._num_programs = warm_up(self._pairs, use_tqdm=use_tqdm)
+        flowguard = FlowGuard(
+            ROUTERS[config.routing.policy], num_lanes=len(pairs), seed=config.seed, device=meshes.control_device()
+        )
+        self._tracer = NullTracer()
+        if trace is not None:
+            self._tracer = TraceWriter(trace, epoch_s=time.monotonic())
         self._scheduler = StreamScheduler(
-            self._pairs, flowguard, config.scheduler, tier=depth, start=self._start_request
+            self._pairs,
+            flowguard,
+            config.scheduler,
+            tier=config.speculation.depth,
+            max_prefills=config.pipeserve.max_prefills,
+            keeps_pages=config.pipeserve.preemption == "keep",
+            start=self._start_request,
+            tracer=self._tracer,
         )
         self._num_prompts = 0
-        self._compilations = CompilationCounter()
+        self._opened: dict[str, OpenPrompt] = {}  # by their place in the engine's input
+        self._compilations = CompilationCounter(forbid=config.scheduler.forbid_compilation)
 
     def generate(
         self,
@@ -178,7 +195,7 @@ class LLM:
         Raises:
           ValueError: a prompt or its parameters cannot be served; nothing has run then.
         """
-        items: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        items: list[Any] = [prompts] if is_one_prompt(prompts) else list(prompts)
         several = isinstance(sampling_params, Sequence)
         params = list(sampling_params) if several else [sampling_params or SamplingParams()] * len(items)
         if len(params) != len(items):
@@ -186,8 +203,8 @@ class LLM:
         ready = []
         for index, (item, one) in enumerate(zip(items, params, strict=True)):
             try:
-                prompt = _as_prompt(str(index), item, one)
-                ready.append(dataclasses.replace(prompt, token_ids=self._tokens(prompt)))
+                prompt = as_prompt(str(index), item, one)
+                ready.append(dataclasses.replace(prompt, token_ids=self._prompts.tokens(prompt)))
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from None
         done = {}
@@ -232,14 +249,55 @@ class LLM:
         Raises:
           RuntimeError: another stream of this engine has not ended.
         """
-        opened: dict[str, _Open] = {}
-        for finished in self._counted(self._scheduler.run(self._requests(prompts, opened))):
-            order, index = finished.request_id.split(".")
-            entry = opened[order]
-            entry.ends[int(index)] = finished
-            if len(entry.ends) == entry.expected:
-                del opened[order]
-                yield _output(entry)
+        self._opened = {}
+        for finished in self._counted(self._scheduler.run(self._requests(prompts))):
+            order = finished.request_id.partition(".")[0]
+            output = self._opened[order].take(finished)
+            if output is not None:
+                del self._opened[order]
+                yield output
+        self._check_moved()
+
+    def cancel(self, request_id: str) -> bool:
+        """End a prompt of the stream that is running; its output comes with the error "cancelled".
+
+        Returns:
+          Whether any of its completions was still to come; not so before the stream has pulled the prompt.
+        """
+        open_ids = [
+            f"{order}.{index}"
+            for order, entry in self._opened.items()
+            if entry.prompt.request_id == request_id
+            for index in range(entry.expected)
+        ]
+        cancelled = [self._scheduler.cancel(open_id) for open_id in open_ids]
+        return any(cancelled)
+
+    def close(self) -> None:
+        """Finish the trace, if there is one. The engine can go on; what it does then is not traced."""
+        self._tracer.close()
+
+    def _requests(self, prompts: Iterable[Prompt]) -> Iterator[Request | Refused]:
+        """Turn prompts into requests, one a completion, and keep them open."""
+        for prompt in prompts:
+            order = self._num_prompts
+            self._num_prompts += 1
+            self._opened[str(order)], requests = self._prompts.requests(prompt, order)
+            yield from requests
+
+    def _check_moved(self) -> None:
+        """Prove that disaggregation took place.
+
+        Raises:
+          RuntimeError: requests were decoded on another mesh than they were prefilled on, and no pages had moved.
+        """
+        if self.config.topology.topology == "colocated" or self.config.topology.share_devices:
+            return
+        counters = self._scheduler.counters()
+        if counters.arrivals and not (counters.kv_transfer_pages and counters.kv_transfer_bytes):
+            raise RuntimeError(
+                f"{counters.arrivals} requests went from prefill to decode meshes, but no page of their caches did"
+            )
 
     def _counted(self, run: Iterator[Finished]) -> Iterator[Finished]:
         """Count compilations while the loop runs, and end it when the consumer does."""
@@ -249,103 +307,58 @@ class LLM:
         finally:
             self._compilations.on = False
 
+    @property
+    def pairs(self) -> tuple[StreamPair, ...]:
+        """The stream pairs, for measurements of their parts. While requests run, the scheduler owns them."""
+        return tuple(self._pairs)
+
     def stats(self) -> EngineStats:
         """Counters since the engine was built."""
-        counters = self._scheduler.counters
+        counters, ends = self._scheduler.counters(), self._scheduler.ends
+        stores = [pair.prefill_store for pair in self._pairs]
         return EngineStats(
             warmup_s=self._warmup_s,
-            ticks=counters.ticks,
-            kv_transfers=counters.kv_transfers,
-            kv_transfer_bytes=counters.kv_transfer_bytes,
+            programs=self._num_programs,
             compilations_after_warmup=self._compilations.count,
+            ticks=counters.ticks,
+            prefill_calls=counters.prefill_calls,
+            kv_transfers=counters.kv_transfers,
+            kv_transfer_pages=counters.kv_transfer_pages,
+            kv_transfer_bytes=counters.kv_transfer_bytes,
+            preemptions=counters.preemptions,
+            refused=ends.get(State.REFUSED, 0),
+            cancelled=ends.get(State.CANCELLED, 0),
+            timed_out=ends.get(State.TIMED_OUT, 0),
+            failed=ends.get(State.FAILED, 0),
+            prefix_queried_tokens=sum(store.queried_tokens for store in stores),
+            prefix_hit_tokens=sum(store.hit_tokens for store in stores),
         )
 
-    def _requests(self, prompts: Iterable[Prompt], opened: dict[str, _Open]) -> Iterator[Request | Refused]:
-        """Turn prompts into requests, one a completion. Ids inside the engine are `order.index`."""
-        for prompt in prompts:
-            order = self._num_prompts
-            self._num_prompts += 1
-            try:
-                tokens = self._tokens(prompt)
-            except ValueError as error:
-                opened[str(order)] = _Open(prompt, (), expected=1)
-                yield Refused(f"{order}.0", str(error))
-                continue
-            opened[str(order)] = _Open(prompt, tokens, expected=prompt.params.n)
-            room = self.max_model_len - len(tokens)
-            params = dataclasses.replace(
-                prompt.params,
-                max_tokens=min(prompt.params.max_tokens, room),
-                min_tokens=min(prompt.params.min_tokens, room),
-            )
-            for index in range(params.n):
-                seed = _derived_seed(self.config.seed, order, index, params.seed)
-                yield Request(
-                    request_id=f"{order}.{index}",
-                    prompt_token_ids=tokens,
-                    params=params,
-                    seed=seed,
-                    stop_ids=self._stop_ids(params),
-                )
-
-    def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
-        """Token ids that end a request."""
-        return tuple(dict.fromkeys((*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids))))
-
-    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
-        """Tokenize a prompt and check that it can be served.
-
-        Raises:
-          ValueError: it cannot; the message says why.
-        """
-        tokens = prompt.token_ids
-        if tokens is None:
-            if self.tokenizer is None:
-                raise ValueError("the engine has no tokenizer (skip_tokenizer_init); give prompt_token_ids")
-            if prompt.text is None:
-                raise ValueError("a prompt needs text or token ids")
-            tokens = self.tokenizer.encode(prompt.text)
-        if not tokens:
-            raise ValueError("the prompt is empty")
-        if len(tokens) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(tokens)} tokens; with at least one token of output the model takes at most "
-                f"{self.max_model_len - 1} (max_model_len is {self.max_model_len})"
-            )
-        params, limits = prompt.params, self.config.pipeserve
-        named = {"prompt token": tokens, "stop_token_ids": params.stop_token_ids, "logit_bias": params.logit_bias or ()}
-        for name, ids in named.items():
-            wrong = next((token for token in ids if not 0 <= token < self._vocab_size), None)
-            if wrong is not None:
-                raise ValueError(f"{name} {wrong} is outside the vocabulary of {self._vocab_size}")
-        for name, count, room in (
-            ("stop_token_ids and end-of-sequence ids", len(self._stop_ids(params)), limits.max_stop_ids),
-            ("entries of logit_bias", len(params.logit_bias or ()), limits.max_logit_bias),
-        ):
-            if count > room:
-                raise ValueError(f"{count} {name}, but the engine is configured for at most {room}")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > limits.max_logprobs:
-                raise ValueError(
-                    f"{name}={getattr(params, name)} exceeds the engine's max_logprobs={limits.max_logprobs}"
-                )
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer (skip_tokenizer_init is set); use stop_token_ids")
-        return tuple(tokens)
-
-    def _start_request(self, request: Request, *, lane: int, arrival_s: float, scheduled_s: float) -> RunningRequest:
+    def _start_request(self, request: Request, *, arrival_s: float) -> RunningRequest:
         text = TextStream(self.tokenizer, request.params)
         name = self.tokenizer.token_text if self.tokenizer is not None else lambda token: None
-        return RunningRequest(request, text, name, lane=lane, arrival_s=arrival_s, scheduled_s=scheduled_s)
+        return RunningRequest(request, text, name, arrival_s=arrival_s)
 
 
-def _derived_seed(engine_seed: int, order: int, index: int, own: int | None) -> int:
-    """Give completion `index` of a prompt its own random stream; no two origins share one.
-
-    A request with a seed of its own depends on that alone, others on the engine's seed and their place in the input.
-    """
-    name = f"engine {engine_seed} {order} {index}" if own is None else f"request {own} {index}"
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+def _make_pairs(
+    config: Config, pairs: Sequence[meshes.PairMeshes], target: Model, draft: Model | None, max_model_len: int
+) -> list[StreamPair]:
+    """Build the lanes; nothing is compiled yet."""
+    sizes = lane_sizes(config.pipeserve, max_model_len=max_model_len, tiers=(config.speculation.depth,))
+    drafter = _make_drafter(draft)
+    lanes = []
+    for index, pair in enumerate(pairs):
+        models = PairModels(
+            target=target.fns,
+            kv_shape=target.kv_shape,
+            vocab_size=target.config.vocab_size,
+            drafter=drafter,
+            verify=verify.rejection,
+            prefill_params=_params_on(pair.prefill, target, draft),
+            decode_params=_params_on(pair.decode, target, draft),
+        )
+        lanes.append(StreamPair(index, Programs(pair, models, config.pipeserve, sizes)))
+    return lanes
 
 
 def _load(config: Config, path: str, mesh: jax.sharding.Mesh) -> Model:
@@ -388,50 +401,3 @@ def _params_on(mesh: jax.sharding.Mesh, target: Model, draft: Model | None) -> t
 
 def _make_drafter(draft: Model | None) -> drafters.Drafter:
     return drafters.none() if draft is None else drafters.draft_model(draft.fns, draft.kv_shape)
-
-
-def _is_one_prompt(prompts: Any) -> bool:
-    if isinstance(prompts, (str, Mapping)):
-        return True
-    return len(prompts) > 0 and all(isinstance(item, numbers.Integral) for item in prompts)
-
-
-def _as_prompt(request_id: str, item: PromptLike, params: SamplingParams) -> Prompt:
-    """Accept the forms that users of other engines know."""
-    if isinstance(item, str):
-        return Prompt(request_id=request_id, params=params, text=item)
-    if isinstance(item, Mapping):
-        unknown = set(item) - {"prompt", "prompt_token_ids"}
-        if unknown or not item:
-            raise ValueError(f"a prompt mapping holds 'prompt' or 'prompt_token_ids', got {sorted(item)}")
-        if not isinstance(item.get("prompt", ""), str):
-            raise ValueError(f"'prompt' must be a string, got {item['prompt']!r}")
-        tokens = item.get("prompt_token_ids")
-        return Prompt(
-            request_id=request_id,
-            params=params,
-            text=item.get("prompt"),
-            token_ids=None if tokens is None else tuple(int(token) for token in tokens),
-        )
-    return Prompt(request_id=request_id, params=params, token_ids=tuple(int(token) for token in item))
-
-
-def _output(entry: _Open) -> RequestOutput:
-    """Put the completions of a prompt together."""
-    ends = [entry.ends[index] for index in sorted(entry.ends)]
-    error = next((end.error for end in ends if end.error is not None), None)
-    done = [] if error is not None else ends
-    return RequestOutput(
-        request_id=entry.prompt.request_id,
-        prompt=entry.prompt.text,
-        prompt_token_ids=entry.token_ids,
-        prompt_logprobs=done[0].prompt_logprobs if done else None,
-        outputs=tuple(
-            dataclasses.replace(end.completion, index=index)
-            for index, end in enumerate(done)
-            if end.completion is not None
-        ),
-        finished=True,
-        metrics=tuple(end.metrics for end in done if end.metrics is not None),
-        error=error,
-    )

@@ -14,10 +14,17 @@ TENSOR_AXIS = "tensor"  # the one axis of every mesh: tensor parallelism
 
 
 class PairMeshes(NamedTuple):
-    """Meshes of one stream pair."""
+    """Meshes of one stream pair.
+
+    Attributes:
+      prefill: computes prompts.
+      decode: computes outputs; the same mesh where the pair is colocated.
+      colocated: both work on one mesh and one pool of pages.
+    """
 
     prefill: Mesh
     decode: Mesh
+    colocated: bool
 
 
 def request_cpu_devices(topology: TopologyConfig) -> None:
@@ -42,7 +49,7 @@ def control_device() -> Device:
 
 def num_devices(topology: TopologyConfig) -> int:
     """Devices that a topology takes when none is shared."""
-    return topology.num_pairs * (topology.prefill_devices + topology.decode_devices)
+    return topology.num_pairs * sum(_mesh_sizes(topology))
 
 
 def make_pairs(topology: TopologyConfig, devices: Sequence[Device]) -> tuple[PairMeshes, ...]:
@@ -58,27 +65,35 @@ def make_pairs(topology: TopologyConfig, devices: Sequence[Device]) -> tuple[Pai
     Raises:
       ValueError: there are too few devices and `topology.share_devices` is off, or a mesh alone needs more than exist.
     """
-    wanted, widest = num_devices(topology), max(topology.prefill_devices, topology.decode_devices)
+    sizes = _mesh_sizes(topology)
+    wanted, widest = num_devices(topology), max(sizes)
     if len(devices) < wanted and not topology.share_devices:
         raise ValueError(
-            f"{topology.num_pairs} stream pair(s) of {topology.prefill_devices} prefill and {topology.decode_devices} "
-            f"decode device(s) need {wanted} devices, but there are {len(devices)} ({devices[0].platform}). Use fewer "
-            "pairs, or share_devices=True to let meshes share devices (the hand-off is then a copy within a device). "
-            "On CPU, host devices are asked for when the process builds its first engine: build the largest first, and "
-            "before any other JAX computation"
+            f"{topology.num_pairs} {topology.topology} stream pair(s) with meshes of {' and '.join(map(str, sizes))} "
+            f"device(s) need {wanted} devices, but there are {len(devices)} ({devices[0].platform}). Use fewer pairs, "
+            "or share_devices=True to let meshes share devices (the hand-off is then a copy within a device). On CPU, "
+            "host devices are asked for when the process builds its first engine: build the largest first, and before "
+            "any other JAX computation"
         )
     if widest > len(devices):
         raise ValueError(f"a mesh of {widest} devices does not fit on {len(devices)}")
     pairs, cursor = [], 0
     for _ in range(topology.num_pairs):
         meshes = []
-        for size in (topology.prefill_devices, topology.decode_devices):
+        for size in sizes:
             if cursor + size > len(devices):  # only with share_devices: start over
                 cursor = 0
             meshes.append(_mesh(devices[cursor : cursor + size]))
             cursor += size
-        pairs.append(PairMeshes(*meshes))
+        pairs.append(PairMeshes(prefill=meshes[0], decode=meshes[-1], colocated=len(meshes) == 1))
     return tuple(pairs)
+
+
+def _mesh_sizes(topology: TopologyConfig) -> tuple[int, ...]:
+    """Devices of each mesh of a pair."""
+    if topology.topology == "colocated":
+        return (topology.decode_devices,)
+    return topology.prefill_devices, topology.decode_devices
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -87,7 +102,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def kv_sharding(mesh: Mesh) -> NamedSharding:
-    """Divide a cache [B, G, C, D] by key/value heads."""
+    """Divide pages [N, G, P, D] by key/value heads."""
     return NamedSharding(mesh, PartitionSpec(None, TENSOR_AXIS))
 
 

@@ -5,10 +5,13 @@ finished outputs only and holds no clock.
 
 Definitions: time to first token (TTFT) is from arrival to the first token on the host, hand-off included; time per
 output token (TPOT) is (end to end - TTFT) / (output tokens - 1), undefined for one token; the acceptance length counts
-the bonus token; the acceptance rate is in percent, rates by position are fractions of verification steps. With `n` > 1
-each completion counts by itself in latencies.
+the bonus token; the acceptance rate is in percent, rates by position are fractions of verification steps. Inter-token
+latencies (ITL) are gaps between the moments at which the host received tokens: speculation gives several at once, so
+ITL is not TPOT; all gaps count alike. Queue, prefill, transfer and decode are the stages of `RequestMetrics`, which
+add up to the end-to-end latency (E2EL). With `n` > 1 each completion counts by itself in latencies, stages and sums.
 """
 
+import array
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +20,8 @@ import numpy as np
 
 from streamserve.types import RequestMetrics, RequestOutput
 
-TABLE_WIDTH = 56
+LISTED_ITLS = 1000  # completions whose gaps go into the summary; 200 gaps each are 4 MB of JSON
+STAGES = ("queue", "prefill", "page_wait", "transfer", "decode")  # of a request, one after the other
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,22 +29,42 @@ class EngineStats:
     """Counters of an engine since it was built, warm-up left out.
 
     Attributes:
+      prefill_calls: dispatches of prefill programs, over all lanes.
       ticks: dispatches of decode programs, over all lanes.
       kv_transfers: hand-offs from a prefill to a decode mesh.
+      kv_transfer_pages: pages of the target's cache that they carried, those of requests that never ended included.
       kv_transfer_bytes: bytes that they carried.
+      preemptions: how often a request lost its decode slot to another.
+      prefix_queried_tokens: prompt tokens that were looked up in the prefix cache; 0 where there is none.
+      prefix_hit_tokens: those of them that it had.
+      refused: requests that were never served, because they do not fit.
+      cancelled: requests that their caller gave up.
+      timed_out: requests whose deadline passed.
+      failed: requests that an error ended.
+      programs: programs compiled in warm-up.
       compilations_after_warmup: programs compiled while requests were served; 0 is the law.
       warmup_s: seconds that building and compiling took.
     """
 
+    prefill_calls: int = 0
     ticks: int = 0
     kv_transfers: int = 0
+    kv_transfer_pages: int = 0
     kv_transfer_bytes: int = 0
+    preemptions: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    timed_out: int = 0
+    failed: int = 0
+    programs: int = 0
     compilations_after_warmup: int = 0
     warmup_s: float = 0.0
 
 
 class Tally:
-    """Numbers of finished requests, added one by one; a few a request, never its tokens."""
+    """Numbers of finished requests, added one by one: a few a request, and 8 bytes for each gap between its tokens."""
 
     def __init__(self) -> None:
         self.failed = 0
@@ -50,7 +74,13 @@ class Tally:
         self.ttfts_s: list[float] = []  # a completion
         self.tpots_s: list[float] = []  # a completion of two or more tokens
         self.latencies_s: list[float] = []  # a completion
+        self.stages_s = {name: array.array("d") for name in STAGES}  # a completion
+        self.itls_s = array.array("d")  # gaps of all completions, one after the other
+        self.num_itls = array.array("L")  # a completion
         self.paper_rates: list[float] = []  # a completion: (input + output tokens) / latency
+        self.prompt_tokens = 0  # a prompt counts once a completion, since each is prefilled
+        self.cached_tokens = 0
+        self.num_preemptions = 0
         self.drafts = 0  # verification steps with at least one draft token
         self.draft_tokens = 0
         self.accepted_tokens = 0
@@ -78,8 +108,18 @@ class Tally:
                 self.tpots_s.append((times.finished_s - times.first_token_s) / (num_tokens - 1))
             if latency_s > 0:
                 self.paper_rates.append((len(output.prompt_token_ids) + num_tokens) / latency_s)
-
+            self.prompt_tokens += len(output.prompt_token_ids)
+            self._add_stages(times)
             self._add_steps(times)
+
+    def _add_stages(self, times: RequestMetrics) -> None:
+        stages_s = (times.queue_s, times.prefill_s, times.page_wait_s, times.transfer_s, times.decode_s)
+        for name, stage_s in zip(STAGES, stages_s, strict=True):
+            self.stages_s[name].append(stage_s)
+        self.itls_s.extend(times.itls_s)
+        self.num_itls.append(len(times.itls_s))
+        self.cached_tokens += times.cached_tokens
+        self.num_preemptions += times.num_preemptions
 
     def _add_steps(self, times: RequestMetrics) -> None:
         for drafted, accepted in zip(times.drafted_per_step, times.accepted_per_step, strict=True):
@@ -107,9 +147,14 @@ def summarise(outputs: Tally | Iterable[RequestOutput], duration_s: float, stats
       stats: counters of the engine.
 
     Returns:
-      Keys of `vllm bench serve`, besides `compilations_after_warmup`, `kv_transfers`, `kv_transfer_bytes`, `warmup_s`
-      and `paper_3_6_tokens_per_s`, the mean over completions of (input + output tokens) / latency, which is what
-      section 3.6 of the StreamServe paper calls throughput. It is not the fleet's output tokens a second.
+      Keys of `vllm bench serve`, besides
+      - the counters of `EngineStats`, where `failed` is called `engine_failed`: `failed` counts all that were not
+        answered, bad input lines included;
+      - `cached_tokens`, `num_preemptions` and `kv_transfer_s`: sums over completions;
+      - `prefix_cache_hit_rate`: cached prompt tokens / prompt tokens, a fraction, over completions;
+      - `paper_3_6_tokens_per_s`: the mean over completions of (input + output tokens) / latency, which is what section
+        3.6 of the StreamServe paper calls throughput. It is not the fleet's output tokens a second.
+      `itls` holds the gaps of the first `LISTED_ITLS` completions only, a list each, in the order of `ttfts`.
     """
     tally = outputs if isinstance(outputs, Tally) else _tally(outputs)
     total_input, total_output = sum(tally.input_lens), tally.output_tokens
@@ -124,22 +169,21 @@ def summarise(outputs: Tally | Iterable[RequestOutput], duration_s: float, stats
         results["request_throughput"] = tally.completed / duration_s
         results["output_throughput"] = total_output / duration_s
         results["total_token_throughput"] = (total_input + total_output) / duration_s
-    for name, values in (("ttft", tally.ttfts_s), ("tpot", tally.tpots_s), ("e2el", tally.latencies_s)):
+    latencies = {"ttft": tally.ttfts_s, "tpot": tally.tpots_s, "itl": tally.itls_s, "e2el": tally.latencies_s}
+    for name, values in (latencies | tally.stages_s).items():
         results |= _distribution_ms(name, values)
     if tally.paper_rates:
         results["paper_3_6_tokens_per_s"] = float(np.mean(tally.paper_rates))
     results |= _speculation(tally)
+    results |= _sums(tally, stats)
     results |= {
-        "kv_transfers": stats.kv_transfers,
-        "kv_transfer_bytes": stats.kv_transfer_bytes,
-        "compilations_after_warmup": stats.compilations_after_warmup,
-        "warmup_s": stats.warmup_s,
-        "ticks": stats.ticks,
         "input_lens": tally.input_lens,
         "output_lens": tally.output_lens,
         "ttfts": tally.ttfts_s,
         "latencies": tally.latencies_s,
     }
+    if tally.itls_s:
+        results["itls"] = _listed_itls(tally)
     return results
 
 
@@ -151,7 +195,7 @@ def _tally(outputs: Iterable[RequestOutput]) -> Tally:
 
 
 def _distribution_ms(name: str, values_s: Sequence[float]) -> dict[str, float]:
-    """Mean, median, standard deviation and 99th percentile in milliseconds; nothing when there is no value."""
+    """Mean, median, standard deviation and percentiles in milliseconds; nothing when there is no value."""
     if not values_s:
         return {}
     values_ms = np.asarray(values_s) * 1000.0
@@ -159,8 +203,30 @@ def _distribution_ms(name: str, values_s: Sequence[float]) -> dict[str, float]:
         f"mean_{name}_ms": float(np.mean(values_ms)),
         f"median_{name}_ms": float(np.median(values_ms)),
         f"std_{name}_ms": float(np.std(values_ms)),
+        f"p90_{name}_ms": float(np.percentile(values_ms, 90)),
         f"p99_{name}_ms": float(np.percentile(values_ms, 99)),
     }
+
+
+def _sums(tally: Tally, stats: EngineStats) -> dict[str, Any]:
+    """Counters of the engine, and sums over completions; no hit rate without a prefix cache."""
+    sums = dataclasses.asdict(stats)
+    sums["engine_failed"] = sums.pop("failed")
+    sums |= {"cached_tokens": tally.cached_tokens, "num_preemptions": tally.num_preemptions}
+    if tally.stages_s["transfer"]:
+        sums["kv_transfer_s"] = sum(tally.stages_s["transfer"])
+    if stats.prefix_queried_tokens and tally.prompt_tokens:
+        sums["prefix_cache_hit_rate"] = tally.cached_tokens / tally.prompt_tokens
+    return sums
+
+
+def _listed_itls(tally: Tally) -> list[list[float]]:
+    """Gaps of each of the first completions."""
+    listed, begin = [], 0
+    for count in tally.num_itls[:LISTED_ITLS]:
+        listed.append(tally.itls_s[begin : begin + count].tolist())
+        begin += count
+    return listed
 
 
 def _speculation(tally: Tally) -> dict[str, Any]:
@@ -175,61 +241,3 @@ def _speculation(tally: Tally) -> dict[str, Any]:
         "spec_decode_accepted_tokens": tally.accepted_tokens,
         "spec_decode_per_position_acceptance_rates": [count / tally.drafts for count in tally.accepted_per_position],
     }
-
-
-_SECTIONS = (
-    ("Serving Benchmark Result", "=", (
-        ("completed", "Successful requests", "d"),
-        ("failed", "Failed requests", "d"),
-        ("duration", "Duration (s)", ".2f"),
-        ("total_input_tokens", "Total input tokens", "d"),
-        ("total_output_tokens", "Total generated tokens", "d"),
-        ("request_throughput", "Request throughput (req/s)", ".2f"),
-        ("output_throughput", "Output token throughput (tok/s)", ".2f"),
-        ("total_token_throughput", "Total token throughput (tok/s)", ".2f"),
-        ("paper_3_6_tokens_per_s", "Paper, section 3.6 (tok/s)", ".2f"),
-    )),
-    ("Time to First Token", "-", (
-        ("mean_ttft_ms", "Mean TTFT (ms)", ".2f"),
-        ("median_ttft_ms", "Median TTFT (ms)", ".2f"),
-        ("p99_ttft_ms", "P99 TTFT (ms)", ".2f"),
-    )),
-    ("Time per Output Token (without the first)", "-", (
-        ("mean_tpot_ms", "Mean TPOT (ms)", ".2f"),
-        ("median_tpot_ms", "Median TPOT (ms)", ".2f"),
-        ("p99_tpot_ms", "P99 TPOT (ms)", ".2f"),
-    )),
-    ("End-to-end Latency", "-", (
-        ("mean_e2el_ms", "Mean E2EL (ms)", ".2f"),
-        ("median_e2el_ms", "Median E2EL (ms)", ".2f"),
-        ("p99_e2el_ms", "P99 E2EL (ms)", ".2f"),
-    )),
-    ("Speculative Decoding", "-", (
-        ("spec_decode_acceptance_rate", "Acceptance rate (%)", ".2f"),
-        ("spec_decode_acceptance_length", "Acceptance length (tokens)", ".2f"),
-        ("spec_decode_num_drafts", "Drafts", "d"),
-        ("spec_decode_draft_tokens", "Draft tokens", "d"),
-        ("spec_decode_accepted_tokens", "Accepted tokens", "d"),
-    )),
-    ("Engine", "-", (
-        ("kv_transfers", "KV hand-offs", "d"),
-        ("kv_transfer_bytes", "KV hand-off (bytes)", "d"),
-        ("compilations_after_warmup", "Compilations after warm-up", "d"),
-        ("warmup_s", "Warm-up (s)", ".2f"),
-    )),
-)  # fmt: skip
-
-
-def format_table(results: dict[str, Any]) -> str:
-    """Lay out a summary for the console; keys that `results` lacks are left out, and sections without any."""
-    lines = []
-    for title, rule, rows in _SECTIONS:
-        cells = [(label, format(results[key], spec)) for key, label, spec in rows if key in results]
-        if cells:
-            lines.append(f" {title} ".center(TABLE_WIDTH, rule))
-            lines += [f"{label + ':':<36}{value:>{TABLE_WIDTH - 36}}" for label, value in cells]
-    rates = results.get("spec_decode_per_position_acceptance_rates")
-    if rates:
-        lines.append("Acceptance by position:  " + "  ".join(f"{rate:.2f}" for rate in rates))
-    lines.append("=" * TABLE_WIDTH)
-    return "\n".join(lines)

@@ -60,6 +60,21 @@ def round_keys(key_B2: jax.Array, emitted_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_B2, impl=KEY_IMPL), emitted_B)
 
 
+def draft_keys(context: RowContext) -> jax.Array:
+    """Give the keys [B] that a round's draft is drawn with; no other part of the round uses them."""
+    return jax.vmap(jax.random.split)(round_keys(context.row.key, context.emitted))[:, 0]
+
+
+def verify_keys(context: RowContext) -> jax.Array:
+    """Give the keys [B] that a round is verified with; no other part of the round uses them."""
+    return jax.vmap(jax.random.split)(round_keys(context.row.key, context.emitted))[:, 1]
+
+
+def all_greedy(row: RowParams) -> jax.Array:
+    """Whether no row of the batch samples: then its tokens are those of the largest logits, and keys are not needed."""
+    return jnp.all(row.temperature == 0)
+
+
 def adjust(logits_BTV: jax.Array, context: RowContext, drafted_BX: jax.Array, first: int | jax.Array) -> jax.Array:
     """Apply bias, penalties and the ban of stop ids before `min_tokens`.
 

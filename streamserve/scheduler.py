@@ -1,36 +1,38 @@
 """StreamScheduler: the one loop. It alone sees all stages; no stage sees another.
 
-The life of a request:
-  1. It is pulled from the input when there is room to wait, and keeps its place in line.
-  2. FlowGuard picks a lane for the first in line, among those whose prefill mesh is not backed up.
-  3. The lane's prefill is dispatched, and the transfer of its prefix behind it; nothing waits.
-  4. When the prefix has arrived and a slot is free, it is inserted into the decode state.
-  5. Ticks are dispatched as long as a lane has requests in slots; each is read after the next one is dispatched.
-  6. When its row has stopped, or its text holds a stop string, its slot is released and its output handed over.
+The life of a request (its states and legal moves are in `lifecycle.py`):
+  1. It is submitted, or pulled from the input when there is room to wait. A full queue refuses it with a reason.
+  2. It waits: the lowest priority value first, then the tenant that was served least, then in order of arrival.
+  3. FlowGuard picks a lane, among those with room before their slots; the lane reserves pages for its prompt.
+  4. Prefill calls take its tiles, together with those of others, as many calls ahead as the config says.
+  5. When its last tile is dispatched, its first token is sampled and its pages start for the decode mesh.
+  6. When they have arrived and a slot is free, it is inserted. A hand-off that does not arrive is begun again.
+  7. Ticks are dispatched as long as a lane has requests in slots; each is read after the next one is dispatched. When
+     pages run out, the least important request loses its slot, and goes on later where it stopped.
+  8. When its row has stopped, or its text holds a stop string, its slot is released and its output handed over.
 
-Every request ends exactly once: answered, refused with a reason, or failed with its error. When the loop itself fails
-or is closed, the lanes are left empty and the error goes to the caller.
+Every request ends exactly once: finished, refused with a reason, cancelled, timed out, or failed with its error. A
+program that fails takes down the requests that were in it; the others on its lane begin again.
 """
 
-import collections
+import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 
 from streamserve.config import SchedulerConfig
 from streamserve.flowguard import FlowGuard
+from streamserve.lane import Lane, LaneCounters
+from streamserve.lifecycle import State
+from streamserve.pair_protocol import Pair
 from streamserve.sequence import RunningRequest
-from streamserve.types import (
-    CompletionOutput,
-    LaneStats,
-    Logprob,
-    Request,
-    RequestMetrics,
-    StepOutput,
-    TokenLogprobs,
-)
+from streamserve.trace import NullTracer, Tracer, Track
+from streamserve.types import CompletionOutput, Deferred, Logprob, Request, RequestMetrics
+from streamserve.waiting import Entry, WaitingQueue
+
+POLL_S = 0.0003  # pause of the loop while nothing decodes and nothing has changed
 
 
 class Refused(NamedTuple):
@@ -44,74 +46,104 @@ class Finished(NamedTuple):
     """The one end of a request: an output with its metrics, or an error."""
 
     request_id: str
+    state: State
     completion: CompletionOutput | None = None
     metrics: RequestMetrics | None = None
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     error: str | None = None
 
 
-class Pair(Protocol):
-    """What the scheduler needs of a stream pair: `pipeserve.StreamPair`, or a fake that stands in.
-
-    What `prefill` and `step` return is opaque but for an item's `request` and `transfer_bytes`.
-    """
-
-    num_slots: int
-    free_slots: int
-    prefill: Callable[[Request], Any]
-    has_arrived: Callable[[Any], bool]
-    wait: Callable[[Any], None]
-    insert: Callable[[Any], int]
-    step: Callable[[int], Any]
-    read: Callable[[Any], StepOutput]
-    read_prompt_logprobs: Callable[[Any], TokenLogprobs]
-    release: Callable[[int, str], None]
-    reset: Callable[[], None]
-
-
-class Counters:
-    """What the loop has counted since it was made."""
-
-    def __init__(self) -> None:
-        self.ticks = 0
-        self.kv_transfers = 0
-        self.kv_transfer_bytes = 0
-
-
 class StreamScheduler:
-    """First come, first served over all lanes."""
+    """Orchestrates requests over lanes."""
 
     def __init__(
         self,
-        lanes: Sequence[Pair],
+        pairs: Sequence[Pair],
         flowguard: FlowGuard,
         config: SchedulerConfig,
         *,
         tier: int,
+        max_prefills: int,
+        keeps_pages: bool,
         start: Callable[..., RunningRequest],
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        tracer: Tracer | None = None,
     ):
         """Take over warmed-up lanes.
 
         Args:
-          lanes: stream pairs; the scheduler owns them from here on.
+          pairs: stream pairs; the scheduler owns them from here on.
           flowguard: picks one of them for each request.
           config: limits.
           tier: draft depth of every tick.
-          start: `(request, *, lane, arrival_s, scheduled_s) -> RunningRequest`.
+          max_prefills: requests between admission and a slot, a lane.
+          keeps_pages: a preempted request keeps its pages in the host's memory.
+          start: `(request, *, arrival_s) -> RunningRequest`.
           clock: seconds, monotonic.
+          sleep: passes the time when there is nothing to do.
+          tracer: is told what happened when; None for nobody.
         """
-        self.counters = Counters()
-        self._lanes = [_Lane(index, pair) for index, pair in enumerate(lanes)]
-        self._flowguard, self._config, self._tier, self._start, self._clock = flowguard, config, tier, start, clock
+        self._tracer = NullTracer() if tracer is None else tracer
+        lanes = [
+            Lane(index, pair, tier=tier, keeps_pages=keeps_pages, tracer=self._tracer)
+            for index, pair in enumerate(pairs)
+        ]
+        self.lanes = tuple(lanes)
+        self.ends: dict[State, int] = {}  # requests by how they ended
+        self._flowguard, self._config, self._max_prefills = flowguard, config, max_prefills
+        self._start, self._clock, self._sleep = start, clock, sleep
+        self._queue = WaitingQueue(config.max_waiting)
+        self._entries: dict[str, Entry] = {}  # of requests on lanes, in case they must wait again
+        self._known: dict[str, RunningRequest] = {}  # all that have not ended
+        self._deadlines: list[tuple[float, str]] = []
+        self._ended: list[Finished] = []
         self._busy = False
+        self._traced_waiting = 0
+
+    # --- the door
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits, runs, or has ended without being handed over."""
+        return not (self._known or self._ended or any(lane.busy for lane in self.lanes))
+
+    def submit(self, request: Request) -> Deferred | None:
+        """Let a request wait; it ends as REFUSED when the queue is full.
+
+        Returns:
+          None, or why it was refused. Its end comes from `step` either way.
+
+        Raises:
+          ValueError: a request with this id has not ended.
+        """
+        if request.request_id in self._known:
+            raise ValueError(f"request {request.request_id} is being served already")
+        now_s = self._clock()
+        running = self._start(request, arrival_s=now_s)
+        self._known[request.request_id] = running
+        refusal = self._queue.put(request)
+        if refusal is not None:
+            self._end(running, State.REFUSED, refusal.reason)
+        elif request.timeout_s is not None:
+            heapq.heappush(self._deadlines, (now_s + request.timeout_s, request.request_id))
+        return refusal
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request as cancelled, wherever it is; false if it has ended or was never there."""
+        running = self._known.get(request_id)
+        if running is None:
+            return False
+        self._take_out(running)
+        self._end(running, State.CANCELLED, "cancelled")
+        return True
 
     def run(self, requests: Iterable[Request | Refused]) -> Iterator[Finished]:
         """Serve requests until the input ends and every one of them has ended.
 
         Args:
-          requests: pulled a few between ticks, as many as lanes can take and at least one while there is room to
-            wait. So an endless input needs no memory; a slow one delays the ticks, since it is pulled in this loop.
+          requests: pulled a few between passes, while there is room to wait, so that none is refused for the queue's
+            sake and an endless input needs no memory. A slow one delays the loop, since it is pulled there.
 
         Yields:
           Each request's end, in the order of completion.
@@ -122,158 +154,206 @@ class StreamScheduler:
         if self._busy:
             raise RuntimeError("this engine is already running; finish or close the other run first")
         self._busy = True
-        source, waiting = iter(requests), collections.deque[tuple[Request, float]]()
-        open_input = True
+        source, open_input = iter(requests), True
         try:
-            while open_input or waiting or any(lane.busy for lane in self._lanes):
-                # 1. Pull.
-                room = sum(self._config.max_prefills - lane.num_transit for lane in self._lanes) - len(waiting)
-                for _ in range(min(max(room, 1), self._config.max_waiting - len(waiting)) if open_input else 0):
+            while open_input or not self.idle:
+                # 1. Pull as many as lanes can take, and one at least while there is room.
+                room = sum(self._max_prefills - lane.num_before_slot for lane in self.lanes) - len(self._queue)
+                for _ in range(min(max(room, 1), self._config.max_waiting - len(self._queue)) if open_input else 0):
                     item = next(source, None)
                     if item is None:
                         open_input = False
                         break
                     if isinstance(item, Refused):
-                        yield Finished(item.request_id, error=item.reason)
+                        self._hand_over(Finished(item.request_id, State.REFUSED, error=item.reason))
                     else:
-                        waiting.append((item, self._clock()))
-                yield from self._tick(waiting)
+                        self.submit(item)
+                yield from self.step()
         finally:
             self._busy = False
-            for lane in self._lanes:
-                lane.abandon()
+            self.shutdown()
 
-    def _tick(self, waiting: collections.deque[tuple[Request, float]]) -> list[Finished]:
-        """Do each of steps 2 to 6 once."""
-        ended: list[Finished] = []
-        with jax.transfer_guard("disallow"):
-            # 2. and 3. Route and prefill.
-            while waiting and any(eligible := [lane.num_transit < self._config.max_prefills for lane in self._lanes]):
-                request, arrival_s = waiting.popleft()
-                ended += self._admit(request, arrival_s, eligible)
-            # 4. Insert what has arrived.
-            for lane in self._lanes:
-                lane.insert_arrived()
-            # 5. Dispatch every lane's tick, then read every lane's previous one.
-            for lane in self._lanes:
-                self.counters.ticks += lane.dispatch(self._tier)
-            # 6. Release and hand over.
-            for lane in self._lanes:
-                ended += lane.collect(self._clock)
-            if not ended and not any(lane.decoding for lane in self._lanes):
-                self._wait_for_arrival()
+    def drain(self) -> Iterator[Finished]:
+        """Serve what has been submitted to its end."""
+        while not self.idle:
+            yield from self.step()
+
+    def shutdown(self) -> list[Finished]:
+        """Cancel what has not ended and leave the lanes empty; gives the ends that nobody has taken."""
+        for request_id in list(self._known):
+            self._end(self._known[request_id], State.CANCELLED, "the engine was shut down")
+        for lane in self.lanes:
+            lane.abandon()
+        self._queue = WaitingQueue(self._config.max_waiting)
+        self._entries.clear()
+        self._deadlines.clear()
+        ended, self._ended = self._ended, []
         return ended
 
-    def _admit(self, request: Request, arrival_s: float, eligible: list[bool]) -> list[Finished]:
-        """Send one request to a lane; a request that fits no program is refused."""
-        lane = self._lanes[self._flowguard.route([lane.stats() for lane in self._lanes], eligible)]
-        running = self._start(request, lane=lane.index, arrival_s=arrival_s, scheduled_s=self._clock())
+    def step(self) -> list[Finished]:
+        """Do each of steps 2 to 8 once; gives the requests that have ended."""
+        with jax.transfer_guard("disallow"):
+            self._expire()
+            # 2. and 3. Wait, route, reserve.
+            self._admit()
+            self._note_queue()
+            for lane in self.lanes:
+                self._guarded(lane, self._advance)
+            # 8. Read and hand over.
+            for lane in self._readable():
+                self._guarded(lane, self._collect)
+            ended, self._ended = self._ended, []
+            if not ended and not any(lane.decoding for lane in self.lanes):
+                self._sleep(POLL_S)
+        return ended
+
+    def counters(self) -> LaneCounters:
+        """Sum the lanes' counters."""
+        total = LaneCounters()
+        for lane in self.lanes:
+            for name, value in vars(lane.counters).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
+
+    # --- parts of a pass
+
+    def _admit(self) -> None:
+        """Send waiting requests to lanes, in their order, until none has room."""
+        full: set[int] = set()
+        while (entry := self._queue.peek()) is not None:
+            eligible = [lane.index not in full and lane.num_before_slot < self._max_prefills for lane in self.lanes]
+            if not any(eligible):
+                return
+            lane = self.lanes[self._flowguard.route([lane.stats() for lane in self.lanes], eligible)]
+            running = self._known[entry.request.request_id]
+            try:
+                refusal = lane.begin(running)
+            except ValueError as error:  # it fits no program
+                self._queue.pop()
+                self._end(running, State.REFUSED if not running.num_tokens else State.FAILED, str(error))
+                continue
+            if refusal is not None:
+                full.add(lane.index)
+                continue
+            self._queue.pop()
+            self._entries[running.request_id] = entry
+
+    def _note_queue(self) -> None:
+        """Trace how many wait, when that has changed."""
+        if len(self._queue) != self._traced_waiting:
+            self._traced_waiting = len(self._queue)
+            self._tracer.counter(None, "queue", self._clock(), requests=self._traced_waiting)
+
+    def _advance(self, lane: Lane) -> None:
+        """Do what a lane can do without waiting."""
+        now_s, config = self._clock(), self._config
+        # 4. and 5. Prefill, and hand off what each call completes.
+        lane.note_computed(now_s)
+        while lane.prefill(now_s, config.prefill_calls):
+            lane.hand_off(now_s)
+        lane.hand_off(now_s)
+        # 6. Retry, insert.
+        for running in lane.retry(now_s, config.transfer_timeout_s, config.max_transfers):
+            lane.drop(running)
+            attempts = f"{config.max_transfers} attempts of {config.transfer_timeout_s} s"
+            self._end(running, State.FAILED, f"its pages did not arrive on the decode mesh in {attempts}")
+        lane.insert(now_s)
+        # 7. Dispatch.
+        for running in lane.make_room(now_s):
+            self._wait_again(running)
+        lane.dispatch(now_s)
+
+    def _readable(self) -> list[Lane]:
+        """Choose the lanes whose ticks are read now: those that need not be waited for, or the longest under way."""
+        done = [lane for lane in self.lanes if lane.has_output()]
+        if done:
+            return done
+        begun = {lane: lane.oldest_tick.begun_s for lane in self.lanes if lane.oldest_tick is not None}
+        return [min(begun, key=lambda lane: begun[lane])] if begun else []
+
+    def _collect(self, lane: Lane) -> None:
+        """Read a lane's ticks, charge tenants for the tokens, and end the requests that are done."""
+        for running in lane.collect(self._clock):
+            if running.invalid:
+                what = "the model gave a number that is not finite (NaN or infinite)"
+                self._end(running, State.FAILED, f"{what} after {running.num_tokens} tokens")
+            else:
+                self._end(running, State.FINISHED)
+        for running in lane.decoding_requests():
+            self._charge(running)
+
+    def _charge(self, running: RunningRequest) -> None:
+        self._queue.charge(running.request, running.num_tokens - running.num_charged)
+        running.num_charged = running.num_tokens
+
+    def _guarded(self, lane: Lane, work: Callable[[Lane], None]) -> None:
+        """Do a lane's work; a program that fails costs those who were in it."""
         try:
-            item = lane.pair.prefill(request)
-        except (ValueError, RuntimeError) as error:  # it fits no program; or the device refused it, out of memory say
-            return [Finished(request.request_id, error=str(error))]
-        running.transfer_bytes = item.transfer_bytes
-        self.counters.kv_transfers += 1
-        self.counters.kv_transfer_bytes += item.transfer_bytes
-        lane.transit.append((item, running))
-        return []
+            work(lane)
+        except RuntimeError as error:
+            victims = getattr(error, "request_ids", None)
+            if victims is not None and not lane.pair.is_broken:
+                for request_id in victims:
+                    running = self._known[request_id]
+                    lane.drop(running)
+                    self._end(running, State.FAILED, str(error))
+                return
+            decoding, others = lane.reset()
+            for running in decoding:
+                self._end(running, State.FAILED, str(error))
+            for running in others:
+                if victims is not None and running.request_id in victims:
+                    self._end(running, State.FAILED, str(error))
+                else:
+                    running.life.move(State.WAITING)
+                    self._wait_again(running)
 
-    def _wait_for_arrival(self) -> None:
-        """Nothing decodes: sleep until the oldest prefix of some lane has arrived, rather than spin."""
-        lane = next((lane for lane in self._lanes if lane.transit), None)
-        if lane is not None:
-            lane.pair.wait(lane.transit[0][0])
+    def _wait_again(self, running: RunningRequest) -> None:
+        self._queue.put_back(self._entries.pop(running.request_id))
 
+    def _expire(self) -> None:
+        """End the requests whose deadline has passed."""
+        now_s = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, request_id = heapq.heappop(self._deadlines)
+            running = self._known.get(request_id)
+            if running is None:
+                continue
+            timeout_s = running.request.timeout_s
+            if timeout_s is None or running.stamps.arrival_s + timeout_s > now_s:
+                continue  # a later request of the same name
+            state = running.life.state.value
+            self._take_out(running)
+            self._end(running, State.TIMED_OUT, f"timed out after {timeout_s} s, while in {state}")
 
-class _Lane:
-    """The scheduler's book on one stream pair."""
+    def _take_out(self, running: RunningRequest) -> None:
+        """Remove a request from where it is."""
+        if self._queue.remove(running.request_id) is None:
+            self._guarded(self.lanes[running.lane], lambda lane: lane.drop(running))
 
-    def __init__(self, index: int, pair: Pair):
-        self.index, self.pair = index, pair
-        self.transit: collections.deque[tuple[Any, RunningRequest]] = collections.deque()
-        self._slots: dict[int, RunningRequest] = {}
-        self._pending: collections.deque[tuple[Any, dict[int, RunningRequest]]] = collections.deque()
-        self._accepted_per_step = 0.0
-
-    @property
-    def num_transit(self) -> int:
-        """Requests between prefill and slot."""
-        return len(self.transit)
-
-    @property
-    def decoding(self) -> bool:
-        """Whether requests hold slots or ticks are unread."""
-        return bool(self._slots or self._pending)
-
-    @property
-    def busy(self) -> bool:
-        """Whether anything is under way."""
-        return self.decoding or bool(self.transit)
-
-    def stats(self) -> LaneStats:
-        """Take a snapshot for FlowGuard."""
-        return LaneStats(
-            lane=self.index,
-            free_slots=self.pair.free_slots,
-            num_slots=self.pair.num_slots,
-            running=len(self._slots),
-            in_transit=len(self.transit),
-            queued_prefill_tokens=sum(len(running.request.prompt_token_ids) for _, running in self.transit),
-            accepted_per_step=self._accepted_per_step,
+    def _end(self, running: RunningRequest, state: State, error: str | None = None) -> None:
+        """Make a request's end known."""
+        running.life.move(state)
+        now_s = self._clock()
+        del self._known[running.request_id]
+        self._entries.pop(running.request_id, None)
+        self._charge(running)
+        if error is not None:
+            lane = running.lane if running.lane >= 0 else None
+            track = Track.QUEUE if lane is None else Track.DECODE
+            self._tracer.instant(lane, track, f"{state.value} {running.request_id}", now_s, error=error)
+            self._hand_over(Finished(running.request_id, state, error=error))
+            return
+        self._hand_over(
+            Finished(
+                request_id=running.request_id,
+                state=state,
+                completion=running.completion(),
+                metrics=running.metrics(now_s),
+                prompt_logprobs=running.prompt_logprobs,
+            )
         )
 
-    def insert_arrived(self) -> None:
-        """Move prefixes into free slots, in order, without waiting for any."""
-        while self.transit and self.pair.free_slots and self.pair.has_arrived(self.transit[0][0]):
-            item, running = self.transit.popleft()
-            if running.request.params.prompt_logprobs is not None:
-                running.set_prompt_logprobs(self.pair.read_prompt_logprobs(item))
-            self._slots[self.pair.insert(item)] = running
-
-    def dispatch(self, tier: int) -> int:
-        """Dispatch a tick if any slot is taken; returns how many were dispatched."""
-        if not self._slots:
-            return 0
-        # Who holds which slot is noted now: by the time of reading a slot may have changed hands.
-        self._pending.append((self.pair.step(tier), dict(self._slots)))
-        return 1
-
-    def collect(self, clock: Callable[[], float]) -> list[Finished]:
-        """Read ticks but for the last, or the last too when nothing runs behind it."""
-        ended: list[Finished] = []
-        while len(self._pending) > (1 if self._slots else 0):
-            pending, holders = self._pending.popleft()
-            output = self.pair.read(pending)
-            now_s = clock()
-            for slot, running in holders.items():
-                if self._slots.get(slot) is not running:
-                    continue  # it ended in an earlier tick; this one ran before the host knew
-                if running.take(output, slot, now_s):
-                    del self._slots[slot]
-                    self.pair.release(slot, running.request.request_id)
-                    ended.append(_finish(running, now_s))
-            self._note_acceptance(output)
-        return ended
-
-    def abandon(self) -> None:
-        """Drop everything under way and free the slots, whatever the loop was doing."""
-        if self.busy:
-            self.pair.reset()
-        self._slots.clear()
-        self._pending.clear()
-        self.transit.clear()
-
-    def _note_acceptance(self, output: StepOutput) -> None:
-        """Follow the mean accepted tokens a step by an exponential average over about ten ticks."""
-        ran = output.drafted > 0
-        if ran.any():
-            self._accepted_per_step += 0.1 * (float(output.accepted[ran].mean()) - self._accepted_per_step)
-
-
-def _finish(running: RunningRequest, now_s: float) -> Finished:
-    return Finished(
-        request_id=running.request.request_id,
-        completion=running.completion(),
-        metrics=running.metrics(now_s),
-        prompt_logprobs=running.prompt_logprobs,
-    )
+    def _hand_over(self, finished: Finished) -> None:
+        self.ends[finished.state] = self.ends.get(finished.state, 0) + 1
+        self._ended.append(finished)

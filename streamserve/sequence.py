@@ -1,18 +1,20 @@
-"""One running request on the host: collects what its row emits and turns it into a `CompletionOutput`.
+"""One request on the host: collects what its rows emit and turns it into a `CompletionOutput`.
 
-It knows nothing of lanes or order. Stop strings end a request here, since only the host sees text; stop tokens and
-lengths have ended it on the device already.
+It lives from submission to end, through preemptions. It knows nothing of lanes or order. Stop strings end a request
+here, since only the host sees text; stop tokens and lengths have ended it on the device already.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
+from streamserve.lifecycle import Life
 from streamserve.tokenizer import StopMatch, TextStream
 from streamserve.types import (
     EMPTY_TOKEN,
     CompletionOutput,
     FinishCode,
+    Job,
     Logprob,
     Request,
     RequestMetrics,
@@ -24,45 +26,92 @@ MakeTextStream = Callable[[Request], TextStream]
 DecodeToken = Callable[[int], str | None]
 
 
-class RunningRequest:
-    """Output of one request so far."""
+class Stamps:
+    """When the loop saw a request pass a stage for the first time; None until then. Seconds of the loop's clock."""
 
-    def __init__(
-        self,
-        request: Request,
-        text: TextStream,
-        decode_token: DecodeToken,
-        *,
-        lane: int,
-        arrival_s: float,
-        scheduled_s: float,
-    ):
+    def __init__(self, arrival_s: float):
+        self.arrival_s = arrival_s
+        self.scheduled_s: float | None = None
+        self.prefilled_s: float | None = None
+        self.handed_off_s: float | None = None
+        self.transferred_s: float | None = None
+        self.token_s: list[float] = []  # of every tick that brought tokens
+
+    def scheduled(self, now_s: float) -> None:
+        """Note the first prefill call."""
+        self.scheduled_s = now_s if self.scheduled_s is None else self.scheduled_s
+
+    def prefilled(self, now_s: float) -> None:
+        """Note the end of prefill."""
+        self.prefilled_s = now_s if self.prefilled_s is None else self.prefilled_s
+
+    def handed_off(self, now_s: float) -> None:
+        """Note the dispatch of the hand-off."""
+        self.handed_off_s = now_s if self.handed_off_s is None else self.handed_off_s
+
+    def transferred(self, now_s: float) -> None:
+        """Note the arrival on the decode mesh."""
+        self.transferred_s = now_s if self.transferred_s is None else self.transferred_s
+
+
+class RunningRequest:
+    """A request and its output so far."""
+
+    def __init__(self, request: Request, text: TextStream, decode_token: DecodeToken, *, arrival_s: float):
         """Begin an empty output.
 
         Args:
           request: what is generated.
           text: detokenizes it.
           decode_token: text of a single token, for log-probabilities.
-          lane: the stream pair that serves it.
           arrival_s: clock reading when the scheduler took it.
-          scheduled_s: clock reading when its prefill was dispatched.
         """
         self.request = request
+        self.life = Life(request.request_id)
+        self.stamps = Stamps(arrival_s)
         self.prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+        self.lane = -1
+        self.cached_tokens = 0
+        self.num_preemptions = 0
+        self.num_charged = 0  # tokens that its tenant has been charged for
+        self.transfer_pages = 0
         self.transfer_bytes = 0
-        self.drafted: list[int] = []
-        self.accepted: list[int] = []
+        self.invalid = False  # the model gave a number that is not finite
+        self._drafted: list[int] = []
+        self._accepted: list[int] = []
         self._text, self._decode_token = text, decode_token
-        self._lane, self._arrival_s, self._scheduled_s = lane, arrival_s, scheduled_s
         self._tokens: list[int] = []
         self._logprobs: list[dict[int, Logprob]] = []
-        self._first_token_s: float | None = None
         self._match: StopMatch | None = None
+
+    @property
+    def request_id(self) -> str:
+        """Its id."""
+        return self.request.request_id
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """What orders requests that compete for pages: the lower comes first."""
+        return self.request.priority, self.stamps.arrival_s
 
     @property
     def num_tokens(self) -> int:
         """Tokens emitted so far."""
         return len(self._tokens)
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens of prompt and output so far."""
+        return len(self.request.prompt_token_ids) + len(self._tokens)
+
+    @property
+    def max_positions(self) -> int:
+        """Most tokens of prompt and output."""
+        return len(self.request.prompt_token_ids) + self.request.params.max_tokens
+
+    def job(self) -> Job:
+        """Say from where it goes on."""
+        return Job(request=self.request, output=tuple(self._tokens))
 
     def take(self, output: StepOutput, slot: int, now_s: float) -> bool:
         """Take over what row `slot` emitted in one tick.
@@ -72,16 +121,18 @@ class RunningRequest:
         """
         columns = np.flatnonzero(output.tokens[slot] != EMPTY_TOKEN)
         tokens = [int(token) for token in output.tokens[slot, columns]]
-        if tokens and self._first_token_s is None:
-            self._first_token_s = now_s
         ran = output.drafted[slot] != EMPTY_TOKEN
-        self.drafted += [int(count) for count in output.drafted[slot, ran]]
-        self.accepted += [int(count) for count in output.accepted[slot, ran]]
+        self._drafted += [int(count) for count in output.drafted[slot, ran]]
+        self._accepted += [int(count) for count in output.accepted[slot, ran]]
         self._tokens += tokens
-        if self.request.params.logprobs is not None:
-            entries = (_entry(output.logprobs, slot, int(column)) for column in columns)
+        if tokens:
+            self.stamps.token_s.append(now_s)
+        if output.logprobs is not None and self.request.params.logprobs is not None:
+            logprobs = output.logprobs
+            entries = (_entry(logprobs, slot, int(column)) for column in columns)
             self._logprobs += [self._named(entry, token) for entry, token in zip(entries, tokens, strict=True)]
         self._match = self._text.push(tokens) if tokens else None
+        self.invalid = int(output.finish[slot]) == FinishCode.INVALID
         return self._match is not None or int(output.finish[slot]) != FinishCode.RUNNING
 
     def set_prompt_logprobs(self, scored: TokenLogprobs) -> None:
@@ -116,15 +167,28 @@ class RunningRequest:
         )
 
     def metrics(self, finished_s: float) -> RequestMetrics:
-        """Give times and counts; `finished_s` is a clock reading."""
+        """Give times and counts of an answered request; `finished_s` is a clock reading."""
+        stamps = self.stamps
+        passed = (stamps.scheduled_s, stamps.prefilled_s, stamps.handed_off_s, stamps.transferred_s)
+        scheduled_s, prefilled_s, handed_off_s, transferred_s = (
+            finished_s if stamp is None else stamp for stamp in passed
+        )
         return RequestMetrics(
-            arrival_s=self._arrival_s,
-            scheduled_s=self._scheduled_s,
-            first_token_s=finished_s if self._first_token_s is None else self._first_token_s,
+            arrival_s=stamps.arrival_s,
+            scheduled_s=scheduled_s,
+            prefilled_s=prefilled_s,
+            # It is dispatched ahead, behind the prompt's last call. Where nothing moves, nothing takes time.
+            handed_off_s=max(prefilled_s, handed_off_s) if self.transfer_pages else transferred_s,
+            transferred_s=transferred_s,
+            first_token_s=stamps.token_s[0] if stamps.token_s else finished_s,
             finished_s=finished_s,
-            lane=self._lane,
-            drafted_per_step=tuple(self.drafted),
-            accepted_per_step=tuple(self.accepted),
+            itls_s=tuple(float(gap) for gap in np.diff(stamps.token_s)),
+            lane=self.lane,
+            cached_tokens=self.cached_tokens,
+            num_preemptions=self.num_preemptions,
+            drafted_per_step=tuple(self._drafted),
+            accepted_per_step=tuple(self._accepted),
+            transfer_pages=self.transfer_pages,
             transfer_bytes=self.transfer_bytes,
         )
 

@@ -2,8 +2,9 @@
 
 Dimension key (a suffix of every array name that lives more than five lines, as in `logits_BTV`):
   A arms, B decode slots (rows), C cache tokens, D head size, E model size, F context features, G key/value heads,
-  H query heads, K draft depth, L layers, M query heads per key/value head, N emission columns, R rounds a tick,
-  S prompt tokens (bucketed), T = K + 1 verified tokens, V vocabulary.
+  H query heads, K draft depth, L layers, M pages of a row (in layers.py: query heads per key/value head), N pages of
+  a pool (in StepOutput: emission columns), P positions of a page, R rounds a tick, T = K + 1 verified tokens,
+  V vocabulary, X tiles of a prefill call (elsewhere: any leading dimensions).
 
 Three kinds of record exist: `flax.struct.dataclass` for what lives on devices, `NamedTuple` for bundles of functions
 and loop carries, frozen dataclasses for what lives on the host. This module knows no component.
@@ -31,6 +32,7 @@ class FinishCode(enum.IntEnum):
     RUNNING = 0
     STOP = 1
     LENGTH = 2
+    INVALID = 3  # the model gave a number that is not finite; nothing of that round was emitted
 
 
 # --- device records ---------------------------------------------------------------------------------------------------
@@ -38,24 +40,41 @@ class FinishCode(enum.IntEnum):
 
 @flax.struct.dataclass
 class LayerKV:
-    """Keys and values of one layer, one contiguous stretch of `C` tokens a row.
+    """Pages of keys and values of one layer, `P` positions each.
 
-    Heads come before tokens so that a row's head is contiguous: both products of attention then read the cache as it
-    lies, on CPU and on GPU.
+    Heads come before positions so that a page's head lies in one piece: both products of attention then read the cache
+    as it lies, on CPU and on GPU.
     """
 
-    k: jax.Array  # [B, G, C, D], rotated keys
-    v: jax.Array  # [B, G, C, D]
+    k: jax.Array  # [N, G, P, D], rotated keys
+    v: jax.Array  # [N, G, P, D]
+
+
+@flax.struct.dataclass
+class KVPool:
+    """Pages of a model: a tuple with one entry a layer, never a stacked array.
+
+    Stacked caches inside a device loop are copied whole in every step on GPU. A page has the same number in every
+    layer. Page 0 is scratch: what nobody needs is written there.
+    """
+
+    layers: tuple[LayerKV, ...]
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of a model: a tuple with one entry a layer, never a stacked array.
+    """A pool as a batch of rows sees it: position c of row b lies in page `table[b, c // P]`, at place `c % P`."""
 
-    Stacked caches inside a device loop are copied whole in every step on GPU.
-    """
+    pool: KVPool
+    table: jax.Array  # [B, M] int32
 
-    layers: tuple[LayerKV, ...]
+
+@flax.struct.dataclass
+class Pools:
+    """Pages of target and drafter on one mesh. Page n of both belongs to the same positions of the same request."""
+
+    target: KVPool
+    draft: Any  # the drafter's paged state: a KVPool for a draft model, () for none
 
 
 @flax.struct.dataclass
@@ -100,39 +119,52 @@ class TokenLogprobs:
 
 @flax.struct.dataclass
 class Prefix:
-    """What prefill hands to decode: everything that one request needs to go on. The leading dimension is 1."""
+    """What decode needs to know of a request besides its pages. The leading dimension is 1."""
 
-    target: KVCache  # [1, G, S, D] a layer
-    draft: Any  # the drafter's own prefix: a KVCache for a draft model, () for none
-    length: jax.Array  # [1] int32, prompt tokens in the caches
-    prompt_tail: jax.Array  # [1] int32, the prompt's last token
-    first_token: jax.Array  # [1] int32, sampled from the prompt's last position
-    first_logprobs: TokenLogprobs  # of `first_token`
-    prompt_seen: jax.Array  # [1, V] bool
+    length: jax.Array  # [1] int32, tokens whose keys and values are in the pages
+    prev_token: jax.Array  # [1] int32, the token at position length - 1
+    last_token: jax.Array  # [1] int32, emitted and in no page yet: the first token, or the latest before a preemption
+    emitted: jax.Array  # [1] int32, tokens emitted so far, `last_token` included
+    first_pending: jax.Array  # [1] bool, `last_token` has not been reported to the host
+    finite: jax.Array  # [1] bool, the logits behind `last_token` were finite
+    first_logprobs: TokenLogprobs  # of `last_token` where it is pending
+    prompt_seen: jax.Array  # [1, V] bool, tokens that occur in the prompt
+    output_counts: jax.Array  # [1, V] int32, occurrences among the emitted tokens
     row: RowParams
 
 
 @flax.struct.dataclass
-class PrefillOutput:
-    """What the models make of a prompt, before anything is sampled."""
+class PrefillBatch:
+    """Tiles of prompts for one prefill call: a tile is a page's worth of consecutive tokens of one prompt.
 
-    target: KVCache  # [1, G, S, D] a layer
-    draft: Any  # as in Prefix
-    tail_logits: jax.Array  # [1, 1, V] float32, after the prompt's last token
-    prompt_seen: jax.Array  # [1, V] bool
-    prompt_logprobs: TokenLogprobs  # [S]; entry s is about prompt token s + 1; zeros unless asked for
+    Tiles of one prompt and of several go into a call in any mixture, because keys and values of all of them are written
+    before any attends. A tile that pads the call writes to the scratch page.
+    """
+
+    tokens: jax.Array  # [X, P] int32
+    next_tokens: jax.Array  # [X, P] int32, the prompt's token after each, for its log-probabilities
+    table: jax.Array  # [X, M] int32, pages of the tile's prompt
+    start: jax.Array  # [X] int32, position of the tile's first token
+    tail: jax.Array  # [X] int32, place in the tile of the prompt's last token; 0 where it is not in this tile
+    wants_logprobs: jax.Array  # [] bool, whether any prompt's log-probabilities are wanted
+
+
+@flax.struct.dataclass
+class PrefillOutput:
+    """What a prefill call computes besides pages."""
+
+    tail_hidden: jax.Array  # [Y, E] hidden state at each tile's `tail`, padded to the largest call
+    prompt_logprobs: TokenLogprobs  # [X, P]; about `next_tokens`; zeros unless asked for
 
 
 @flax.struct.dataclass
 class DecodeState:
-    """Everything a decode mesh keeps between ticks. DONATED to every operation on it."""
+    """What a decode mesh knows of its rows between ticks; their pages are in `Pools`. DONATED to every operation."""
 
-    target: KVCache  # [B, G, C, D] a layer
-    draft: Any  # the drafter's state
     active: jax.Array  # [B] bool, rows that still generate
-    length: jax.Array  # [B] int32, tokens in the target's cache
-    prev_token: jax.Array  # [B] int32, the token at cache position length - 1
-    last_token: jax.Array  # [B] int32, emitted but not yet in the cache
+    length: jax.Array  # [B] int32, tokens in the target's pages
+    prev_token: jax.Array  # [B] int32, the token at position length - 1
+    last_token: jax.Array  # [B] int32, emitted but not yet in a page
     finish: jax.Array  # [B] int32, FinishCode
     first_pending: jax.Array  # [B] bool, the first token waits for the next StepOutput
     first_logprobs: TokenLogprobs  # leading dimension B
@@ -162,13 +194,13 @@ class Verdict:
 
 @flax.struct.dataclass
 class StepOutput:
-    """What one tick emitted. It lies packed in one int32 array on the device, so that one copy brings it over."""
+    """What one tick emitted. On the device it lies packed in two int32 arrays; log-probabilities come on demand."""
 
     tokens: jax.Array  # [B, N] int32, EMPTY_TOKEN where none; N = 1 + R * T, column 0 is a pending first token
     accepted: jax.Array  # [B, R] int32, accepted draft tokens a round
     drafted: jax.Array  # [B, R] int32, proposed draft tokens a round; EMPTY_TOKEN where the row did not run
     finish: jax.Array  # [B] int32, FinishCode after the tick
-    logprobs: TokenLogprobs  # leading dimensions [B, N]
+    logprobs: TokenLogprobs | None  # leading dimensions [B, N]; None on the host where nobody asked for them
 
 
 # --- bundles of functions ---------------------------------------------------------------------------------------------
@@ -209,12 +241,18 @@ class Prompt:
       params: sampling parameters.
       text: the prompt as text; tokenized unless `token_ids` are given too.
       token_ids: the prompt as tokens.
+      priority: lower is served first, as in vLLM; equal priorities are served fairly.
+      tenant: whom the work is counted for when tenants are served fairly: a user, an input file.
+      timeout_s: seconds from arrival after which it ends as timed out, wherever it is; None for never.
     """
 
     request_id: str
     params: SamplingParams
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
+    priority: int = 0
+    tenant: str = ""
+    timeout_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +265,9 @@ class Request:
       params: how to sample.
       seed: of the request's own random stream, already derived.
       stop_ids: token ids that end it: `params.stop_token_ids`, and end-of-sequence unless it is ignored.
+      priority: lower is served first.
+      tenant: whom the work is counted for.
+      timeout_s: seconds from arrival after which it ends as timed out; None for never.
     """
 
     request_id: str
@@ -234,6 +275,33 @@ class Request:
     params: SamplingParams
     seed: int
     stop_ids: tuple[int, ...]
+    priority: int = 0
+    tenant: str = ""
+    timeout_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request as a stream pair takes it: from its beginning, or from where a preemption left it.
+
+    Attributes:
+      request: what is asked for.
+      output: tokens emitted before the preemption; empty at the beginning.
+    """
+
+    request: Request
+    output: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens whose keys and values decoding needs: all but the latest emitted one."""
+        return (*self.request.prompt_token_ids, *self.output[:-1])
+
+
+class Deferred(NamedTuple):
+    """Why something cannot be done now. It may be later."""
+
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,27 +338,69 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
-    """Times and counts of one request. Clock readings are seconds of one monotonic clock.
+    """Times and counts of one request. Clock readings are seconds of one monotonic clock, in the order listed.
+
+    What happens on a device is stamped when the loop first sees it done, at most one tick later. A request that was
+    preempted keeps the stamps of its first prefill and hand-off.
 
     Attributes:
       arrival_s: when the scheduler took it.
-      scheduled_s: when prefill was dispatched.
+      scheduled_s: when its first prefill call was dispatched.
+      prefilled_s: when the last prefill call of its prompt was done.
+      handed_off_s: when its pages started for the decode mesh: at once, unless there was no room for them there.
+      transferred_s: when its pages had arrived on the decode mesh.
       first_token_s: when the host held its first token.
       finished_s: when the host held its last token.
+      itls_s: gaps between the moments at which the host received tokens of it, seconds; several tokens come at once.
       lane: the stream pair that served it.
+      cached_tokens: prompt tokens whose keys and values came from the prefix cache.
+      num_preemptions: how often it lost its decode slot to another.
       drafted_per_step: proposed draft tokens of each verification step.
       accepted_per_step: accepted ones of each step.
-      transfer_bytes: bytes of KV and request state that went from prefill to decode mesh.
+      transfer_pages: pages of the target's cache that went from prefill to decode mesh.
+      transfer_bytes: bytes that went with them, the draft's pages and the request's state included.
     """
 
     arrival_s: float
     scheduled_s: float
+    prefilled_s: float
+    handed_off_s: float
+    transferred_s: float
     first_token_s: float
     finished_s: float
+    itls_s: tuple[float, ...]
     lane: int
+    cached_tokens: int
+    num_preemptions: int
     drafted_per_step: tuple[int, ...]
     accepted_per_step: tuple[int, ...]
+    transfer_pages: int
     transfer_bytes: int
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds from arrival to the first prefill call."""
+        return self.scheduled_s - self.arrival_s
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds from the first prefill call to the end of prefill."""
+        return self.prefilled_s - self.scheduled_s
+
+    @property
+    def page_wait_s(self) -> float:
+        """Seconds from the end of prefill to the start for the decode mesh, waiting for pages or slots there."""
+        return self.handed_off_s - self.prefilled_s
+
+    @property
+    def transfer_s(self) -> float:
+        """Seconds from the start for the decode mesh to the arrival there."""
+        return self.transferred_s - self.handed_off_s
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds from the arrival on the decode mesh to the last token, waiting for a slot included."""
+        return self.finished_s - self.transferred_s
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,15 +436,17 @@ class LaneStats:
       lane: index of the stream pair.
       free_slots: decode slots that a new request could take.
       num_slots: decode slots in all.
+      free_pages: pages of the decode mesh that nobody owns; the prefix cache of a colocated lane owns its own.
       running: requests in decode slots.
-      in_transit: requests between prefill and a decode slot.
-      queued_prefill_tokens: prompt tokens whose prefill was dispatched and not seen to end.
+      in_transit: requests between admission and a decode slot.
+      queued_prefill_tokens: prompt tokens, in whole tiles, that no prefill call has taken yet.
       accepted_per_step: mean accepted draft tokens a verification step over the last ticks; 0 without speculation.
     """
 
     lane: int
     free_slots: int
     num_slots: int
+    free_pages: int
     running: int
     in_transit: int
     queued_prefill_tokens: int

@@ -34,6 +34,7 @@ from streamserve.workload_fields import (
     chat_logprobs,
     refuse_constant,
     sampling_params,
+    service,
     shown,
     text_of,
     tokens_of,
@@ -133,11 +134,12 @@ class LineReader:
         try:
             request_id = self._take_id(value, origin)
             text, token_ids, params = self._understand(value, origin.kind)
+            asked = service(value.get("body", value))
         except ValueError as error:
             return BadLine(origin=origin, message=str(error))
         return WorkItem(
             origin=origin,
-            prompt=Prompt(request_id=request_id, params=params, text=text, token_ids=token_ids),
+            prompt=Prompt(request_id=request_id, params=params, text=text, token_ids=token_ids, **asked),
         )
 
     def _take_id(self, value: Mapping[str, Any], origin: Origin) -> str:

@@ -9,14 +9,15 @@ from streamserve.sampling_params import SamplingParams
 
 SAMPLING_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 ALIASES = {"max_new_tokens": "max_tokens", "sampling_seed": "seed"}
-PROMPT_FIELDS = frozenset({"id", "prompt", "prompt_token_ids"})
+SERVICE_FIELDS = frozenset({"user", "priority", "timeout_s"})  # who asks, how urgently, and for how long it waits
+PROMPT_FIELDS = frozenset({"id", "prompt", "prompt_token_ids"}) | SERVICE_FIELDS
 QUESTION_FIELDS = frozenset({"question_id", "category", "turns", "reference"})
 BATCH_FIELDS = frozenset({"custom_id", "method", "url", "body"})
 COMPLETIONS_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 
 # Fields of OpenAI bodies that never change the answer, and those accepted only with a value that asks for nothing.
 WITHOUT_EFFECT = frozenset(
-    {"user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "store"}
+    {"metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "store"}
 )
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,),
@@ -55,6 +56,24 @@ def batch_body(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return value["body"]
 
 
+def service(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Read who asks and how urgently, as fields of `Prompt`.
+
+    Raises:
+      ValueError: a value of a wrong type.
+    """
+    user, priority, timeout_s = (value.get(name) for name in ("user", "priority", "timeout_s"))
+    if user is not None and not isinstance(user, str):
+        raise ValueError(f"user must be a string, got {shown(user)}")
+    if priority is not None and (not isinstance(priority, int) or isinstance(priority, bool)):
+        raise ValueError(f"priority must be an integer, got {shown(priority)}")
+    if timeout_s is not None and (not isinstance(timeout_s, (int, float)) or isinstance(timeout_s, bool)):
+        raise ValueError(f"timeout_s must be a number of seconds, got {shown(timeout_s)}")
+    if timeout_s is not None and not timeout_s > 0:
+        raise ValueError(f"timeout_s must be positive, got {shown(timeout_s)}")
+    return {"tenant": user or "", "priority": priority or 0, "timeout_s": timeout_s}
+
+
 def without(value: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
     """Leave fields out."""
     return {name: item for name, item in value.items() if name not in names}
@@ -63,7 +82,7 @@ def without(value: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
 def without_neutral(body: Mapping[str, Any], own: frozenset[str]) -> dict[str, Any]:
     """Drop the fields of an OpenAI body that are its own or change nothing; refuse those that ask for more."""
     fields = {}
-    for name, value in without(body, own | WITHOUT_EFFECT).items():
+    for name, value in without(body, own | WITHOUT_EFFECT | SERVICE_FIELDS).items():
         if name not in NEUTRAL:
             fields[name] = value
         elif value is not None and value not in NEUTRAL[name] and not (name == "best_of" and value == body.get("n")):

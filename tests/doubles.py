@@ -1,6 +1,7 @@
 """Test doubles: a model small enough to enumerate, and requests for it."""
 
 import functools
+import time
 from collections.abc import Sequence
 
 import jax
@@ -11,15 +12,27 @@ from streamserve import mesh
 from streamserve.config import PipeServeConfig, SchedulerConfig, TopologyConfig
 from streamserve.flowguard import FlowGuard, round_robin
 from streamserve.kv import cache
-from streamserve.pipeserve import PairModels, StreamPair, warm_up
+from streamserve.kv.pages import PREFIX_CACHE
+from streamserve.pipeserve import PairModels, Programs, StreamPair, lane_sizes, warm_up
 from streamserve.sampling_params import SamplingParams
 from streamserve.scheduler import Finished, Refused, StreamScheduler
 from streamserve.sequence import RunningRequest
 from streamserve.specustream import drafters, verify
 from streamserve.tokenizer import TextStream
-from streamserve.types import ForwardFns, KVCache, KVShape, Request
+from streamserve.types import ForwardFns, KVCache, KVPool, KVShape, Request
 
 VOCAB = 13
+MAX_MODEL_LEN = 96
+TINY_SIZES = {
+    "max_num_seqs": 4,
+    "decode_batches": (2,),
+    "max_prefills": 3,
+    "prefill_buckets": (8, 32),
+    "page_size": 8,
+    "transfer_buckets": (4,),
+    "rounds_per_tick": 2,
+    "max_logprobs": 4,
+}
 KV_SHAPE = KVShape(num_layers=1, num_kv_heads=2, head_dim=8, dtype=jnp.float32)
 
 
@@ -40,9 +53,10 @@ def _forward(params, tokens_BT, kv: KVCache, start_B):
     position_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
     x_BTE = params["embed"][tokens_BT] + params["position"][position_BT]
     q, k, v = (jnp.einsum("bte,ehd->bthd", x_BTE, weight) for weight in params["qkv"])
-    layer = cache.append(kv.layers[0], k, v, start_B)
-    mixed_BTHD = attention(q, layer.k, layer.v, start_B, scale=8**-0.5)
-    return x_BTE + jnp.einsum("bthd,hde->bte", mixed_BTHD, params["out"]), KVCache(layers=(layer,))
+    layer = cache.append(kv.pool.layers[0], k, v, kv.table, start_B)
+    mixed_BTHD = attention(q, layer.k, layer.v, kv.table, start_B, scale=8**-0.5)
+    after = KVCache(pool=KVPool(layers=(layer,)), table=kv.table)
+    return x_BTE + jnp.einsum("bthd,hde->bte", mixed_BTHD, params["out"]), after
 
 
 TINY_FNS = ForwardFns(forward=_forward, logits=lambda params, hidden: hidden @ params["head"])
@@ -62,7 +76,7 @@ def make_request(
 def whole_logits(params, tokens_BS) -> jax.Array:
     """Logits after every token of whole sequences [B, S, V], computed without any cache from before."""
     batch, length = tokens_BS.shape
-    hidden, _ = _forward(params, tokens_BS, cache.zeros(KV_SHAPE, batch, length), jnp.zeros((batch,), jnp.int32))
+    hidden, _ = _forward(params, tokens_BS, cache.rows(KV_SHAPE, batch, length), jnp.zeros((batch,), jnp.int32))
     return hidden @ params["head"]
 
 
@@ -78,15 +92,32 @@ def plain_greedy(params, prompt: tuple[int, ...], count: int) -> list[int]:
 
 @functools.cache
 def tiny_pairs(
-    depth: int, *, num_pairs: int = 2, slots: int = 4, rounds: int = 2, draft_seed: int = 1, devices: int = 1
+    depth: int,
+    *,
+    num_pairs: int = 2,
+    draft_seed: int = 1,
+    devices: int = 1,
+    decode_devices: int | None = None,
+    topology: str = "disaggregated",
+    max_model_len: int = MAX_MODEL_LEN,
+    **config,
 ) -> tuple[StreamPair, ...]:
-    """Compile stream pairs of the tiny model; `draft_seed` 0 makes the draft equal to the target."""
-    topology = TopologyConfig(num_pairs=num_pairs, prefill_devices=devices, decode_devices=devices)
-    config = PipeServeConfig(max_num_seqs=slots, prefill_buckets=(8,), rounds_per_tick=rounds, max_logprobs=4)
+    """Compile stream pairs of the tiny model; `draft_seed` 0 makes the draft equal to the target.
+
+    Pages of 8 tokens, calls of up to 4 of them, and slots in two sizes: prompts of the tests cross every border.
+    """
+    layout = TopologyConfig(
+        topology=topology,
+        num_pairs=num_pairs,
+        prefill_devices=devices,
+        decode_devices=devices if decode_devices is None else decode_devices,
+    )
+    settings = PipeServeConfig(**(TINY_SIZES | config))
     drafter = drafters.draft_model(TINY_FNS, KV_SHAPE) if depth else drafters.none()
     params = (tiny_params(0), tiny_params(draft_seed) if depth else ())
+    sizes = lane_sizes(settings, max_model_len=max_model_len, tiers=(depth,))
     pairs = []
-    for index, meshes in enumerate(mesh.make_pairs(topology, jax.devices())):
+    for index, meshes in enumerate(mesh.make_pairs(layout, jax.devices())):
         models = PairModels(
             target=TINY_FNS,
             kv_shape=KV_SHAPE,
@@ -96,19 +127,32 @@ def tiny_pairs(
             prefill_params=jax.device_put(params, mesh.replicated(meshes.prefill)),
             decode_params=jax.device_put(params, mesh.replicated(meshes.decode)),
         )
-        pairs.append(StreamPair(index, meshes, models, config, max_model_len=96, tiers=(depth,)))
+        pairs.append(StreamPair(index, Programs(meshes, models, settings, sizes)))
     warm_up(pairs, use_tqdm=False)
     return tuple(pairs)
 
 
-def tiny_scheduler(pairs: Sequence[StreamPair], depth: int, **config) -> StreamScheduler:
+def tiny_scheduler(
+    pairs: Sequence[StreamPair], depth: int, *, sleep=time.sleep, tracer=None, **config
+) -> StreamScheduler:
     """Put a scheduler before lanes."""
     flowguard = FlowGuard(round_robin, num_lanes=len(pairs), seed=0, device=mesh.control_device())
+    settings = pairs[0].programs.config
 
-    def start(request: Request, **times) -> RunningRequest:
-        return RunningRequest(request, TextStream(None, request.params), lambda token: None, **times)
+    def start(request: Request, *, arrival_s: float) -> RunningRequest:
+        return RunningRequest(request, TextStream(None, request.params), lambda token: None, arrival_s=arrival_s)
 
-    return StreamScheduler(pairs, flowguard, SchedulerConfig(**config), tier=depth, start=start)
+    return StreamScheduler(
+        pairs,
+        flowguard,
+        SchedulerConfig(**config),
+        tier=depth,
+        max_prefills=settings.max_prefills,
+        keeps_pages=settings.preemption == "keep",
+        start=start,
+        sleep=sleep,
+        tracer=tracer,
+    )
 
 
 def serve(
@@ -125,7 +169,12 @@ def serve(
 
 
 def assert_empty(pairs: Sequence[StreamPair]) -> None:
-    """Every slot is free and owned by nobody."""
+    """Every slot is free, and every page is free or held by the prefix cache, where nobody reads it."""
     for pair in pairs:
-        pair.ledger.check()
-        assert pair.ledger.held() == {}, pair.ledger.held()
+        assert pair.free_slots == pair.num_slots
+        for store in {id(store): store for store in (pair.prefill_store, pair.decode_store)}.values():
+            store.ledger.check()
+            held = store.ledger.held()
+            assert set(held.values()) <= {PREFIX_CACHE}, held
+            assert not any(store.ledger.num_readers(page) for page in held), "a reader has gone without leaving"
+            assert len(held) == store.tree.num_pages, "a page of the prefix cache that cannot be found"

@@ -3,7 +3,8 @@
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -47,11 +48,17 @@ def make_output(
     times: tuple[float, float, float] = (0.0, 0.1, 0.3),
     drafted: tuple[int, ...] = (),
     accepted: tuple[int, ...] = (),
+    measured: Mapping[str, object] = MappingProxyType({}),
     error: str | None = None,
     **completion,
 ) -> RequestOutput:
-    """Build a finished request; `times` are arrival, first token and end."""
+    """Build a finished request; `times` are arrival, first token and end.
+
+    A quarter of the time to the first token each goes to queue, prefill, hand-off and the first tick; then tokens come
+    one by one, evenly. `measured` are fields of its metrics that differ.
+    """
     arrival_s, first_s, end_s = times
+    quarter_s, num_gaps = (first_s - arrival_s) / 4, len(tokens) - 1
     fields = {
         "index": 0,
         "text": "ok",
@@ -61,16 +68,26 @@ def make_output(
         "finish_reason": "stop",
         "stop_reason": None,
     }
-    metrics = RequestMetrics(
-        arrival_s=arrival_s,
-        scheduled_s=arrival_s,
-        first_token_s=first_s,
-        finished_s=end_s,
-        lane=0,
-        drafted_per_step=drafted,
-        accepted_per_step=accepted,
-        transfer_bytes=10,
-    )
+    stamps = {
+        "arrival_s": arrival_s,
+        "scheduled_s": arrival_s + quarter_s,
+        "prefilled_s": arrival_s + 2 * quarter_s,
+        "handed_off_s": arrival_s + 2 * quarter_s,
+        "transferred_s": arrival_s + 3 * quarter_s,
+        "first_token_s": first_s,
+        "finished_s": end_s,
+        "itls_s": ((end_s - first_s) / num_gaps,) * num_gaps if num_gaps > 0 else (),
+    }
+    counts = {
+        "lane": 0,
+        "cached_tokens": 0,
+        "num_preemptions": 0,
+        "drafted_per_step": drafted,
+        "accepted_per_step": accepted,
+        "transfer_pages": 1,
+        "transfer_bytes": 10,
+    }
+    metrics = RequestMetrics(**(stamps | counts | dict(measured)))
     return RequestOutput(
         request_id=request_id,
         prompt=None,
@@ -109,6 +126,9 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(ticks=4, kv_transfers=len(self.seen), kv_transfer_bytes=10 * len(self.seen), warmup_s=1.5)
+
+    def close(self) -> None:
+        self.closed = True
 
     def _answer(self, prompt: Prompt) -> RequestOutput:
         if prompt.text is not None and "too long" in prompt.text:

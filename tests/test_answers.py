@@ -1,5 +1,6 @@
 """Output lines in the form that the input line asked for."""
 
+import dataclasses
 import json
 
 import pytest
@@ -99,6 +100,42 @@ def test_speculation_leaves_out_steps_without_a_draft():
     assert "draft_acceptance_rate" not in speculation((), 3)
 
 
+def test_a_request_tells_its_stages_gaps_and_cost():
+    measured = {
+        "scheduled_s": 1.01, "prefilled_s": 1.03, "handed_off_s": 1.04, "transferred_s": 1.07,
+        "itls_s": (0.05, 0.1500004),
+        "cached_tokens": 2, "num_preemptions": 1, "transfer_pages": 4, "transfer_bytes": 40,
+    }  # fmt: skip
+    numbers = request_metrics(fakes.make_output(times=(1.0, 1.1, 1.3), measured=measured))
+    assert numbers.pop("itls_ms") == [50.0, 150.0], "rounded to a microsecond"
+    assert numbers.pop("lanes") == [0]
+    assert numbers == pytest.approx(
+        {
+            "num_prompt_tokens": 3, "num_output_tokens": 3, "cached_tokens": 2,
+            "queue_ms": 10, "prefill_ms": 20, "page_wait_ms": 10, "transfer_ms": 30, "decode_ms": 230,
+            "ttft_ms": 100, "tpot_ms": 100, "e2el_ms": 300,
+            "num_preemptions": 1, "kv_transfer_pages": 4, "kv_transfer_bytes": 40,
+        }
+    )  # fmt: skip
+
+
+def test_stages_of_several_completions_add_up():
+    first = fakes.make_output(times=(1.0, 1.4, 1.6), measured={"cached_tokens": 2, "num_preemptions": 1})
+    second = fakes.make_output(times=(1.0, 1.2, 2.0), measured={"lane": 1, "cached_tokens": 1})
+    both = dataclasses.replace(first, outputs=first.outputs + second.outputs, metrics=first.metrics + second.metrics)
+    numbers = request_metrics(both)
+    assert [numbers[f"{stage}_ms"] for stage in ("queue", "prefill", "transfer", "decode")] == pytest.approx(
+        [50, 50, 50, 850]
+    )
+    assert (numbers["ttft_ms"], numbers["e2el_ms"]) == pytest.approx((200, 1000))
+    assert numbers["itls_ms"] == [100.0, 100.0, 400.0, 400.0]
+    assert (numbers["cached_tokens"], numbers["num_preemptions"], numbers["kv_transfer_pages"]) == (3, 1, 2)
+    assert numbers["lanes"] == [0, 1]
+    assert "tpot_ms" not in numbers
+
+
 def test_what_a_request_does_not_have_is_left_out():
     assert request_metrics(fakes.make_output(error="no")) == {}
-    assert "tpot_ms" not in request_metrics(fakes.make_output(tokens=(5,)))
+    numbers = request_metrics(fakes.make_output(tokens=(5,)))
+    assert "tpot_ms" not in numbers
+    assert "itls_ms" not in numbers

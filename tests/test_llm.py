@@ -7,6 +7,8 @@ import torch
 
 from streamserve import LLM, Config, Prompt, SamplingParams, SpeculationConfig, TopologyConfig
 from streamserve.config import ModelArgs, PipeServeConfig
+from streamserve.lane import LaneCounters
+from streamserve.pipeserve import StreamPair
 from tests import tiny_models
 
 PROMPTS = [[1, 2, 3], [5] * 9, [7, 11, 13, 17, 19, 23, 29, 31, 37], [96]]
@@ -154,6 +156,40 @@ def test_a_stream_answers_the_good_and_refuses_the_bad(llama):
     assert outputs["2"].outputs == ()
     assert "the prompt has 200 tokens" in outputs["2"].error
     assert all(outputs[name].error is None for name in "0134")
+
+
+def test_a_request_of_a_running_stream_is_cancelled(llama):
+    llm = llama[0]
+    lengths = {"short": 2, "long": 90, "other": 20}
+    prompts = [
+        Prompt(
+            request_id=name, params=SamplingParams(max_tokens=count, temperature=0, ignore_eos=True), token_ids=(3, 5)
+        )
+        for name, count in lengths.items()
+    ]
+    outputs = {}
+    for output in llm.stream(prompts):
+        outputs[output.request_id] = output
+        if output.request_id == "short":
+            assert llm.cancel("long")
+            assert not llm.cancel("short")
+            assert not llm.cancel("nobody")
+    assert outputs["long"].error == "cancelled"
+    assert len(outputs["other"].outputs[0].token_ids) == 20
+    assert llm.stats().cancelled == 1
+
+
+def test_a_run_whose_pages_did_not_move_is_an_error(llama, monkeypatch):
+    llm, hand_off = llama[0], StreamPair.hand_off
+    for lane in llm._scheduler.lanes:
+        monkeypatch.setattr(lane, "counters", LaneCounters())
+    assert len(llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)) == 1
+    for lane in llm._scheduler.lanes:
+        monkeypatch.setattr(lane, "counters", LaneCounters())
+    still = lambda pair, task: hand_off(pair, task)._replace(transfer_pages=0)  # noqa: E731
+    monkeypatch.setattr(StreamPair, "hand_off", still)
+    with pytest.raises(RuntimeError, match="1 requests went from prefill to decode meshes, but no page"):
+        llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
 
 
 def test_seeds_make_runs_repeat_and_prompts_differ(llama):

@@ -17,6 +17,10 @@ ALLOWED = {
     "sampling": ROOT_RECORDS,
     "tokenizer": ROOT_RECORDS,
     "metrics": ROOT_RECORDS,
+    "report_table": set(),
+    "trace": set(),
+    "lifecycle": set(),
+    "waiting": ROOT_RECORDS,
     "jsonl": ROOT_RECORDS,
     "workload": ROOT_RECORDS | {"jsonl", "workload_fields"},
     "workload_fields": ROOT_RECORDS,
@@ -27,8 +31,12 @@ ALLOWED = {
     "specustream": ROOT_RECORDS | {"bandits", "sampling", "kv"},
     "pipeserve": ROOT_RECORDS | {"mesh", "sampling", "specustream", "kv"},
     "flowguard": ROOT_RECORDS | {"bandits"},
-    "sequence": ROOT_RECORDS | {"tokenizer"},
-    "scheduler": ROOT_RECORDS | {"flowguard", "bandits", "metrics", "sequence"},
+    "sequence": ROOT_RECORDS | {"tokenizer", "lifecycle"},
+    "pair_protocol": ROOT_RECORDS,
+    "lane_log": {"trace"},
+    "lane": ROOT_RECORDS | {"sequence", "lifecycle", "trace", "lane_log", "pair_protocol"},
+    "scheduler": ROOT_RECORDS | {"flowguard", "sequence", "lane", "pair_protocol", "lifecycle", "trace", "waiting"},
+    "prompts": ROOT_RECORDS | {"scheduler", "tokenizer"},
 }
 EVERYTHING = {"llm", "__init__"}
 

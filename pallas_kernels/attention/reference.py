@@ -1,4 +1,4 @@
-"""The specification of attention over a cache, in plain jnp. Every other implementation is tested against it."""
+"""The specification of attention over a paged cache, in plain jnp. Every implementation is tested against it."""
 
 import jax
 import jax.numpy as jnp
@@ -6,28 +6,31 @@ from jaxtyping import Array, Float, Int
 
 # Low enough that exp() is exactly zero beside any real score, and finite so that a row with no key gives no NaN.
 MASK_VALUE = -1e30
+# A table entry that names this page stands for no keys: here rows write what nobody needs, and anything may lie in it.
+SCRATCH_PAGE = 0
 
 
-def visible(position_BT: Int[Array, "B T"], num_keys: int, window: int | None) -> jax.Array:
+def visible(position_BT: Int[Array, "B T"], key_C: Int[Array, "C"], window: int | None) -> jax.Array:
     """Which keys each query may see: up to its own position, and within the sliding window if there is one.
 
     Args:
       position_BT: absolute positions of the queries.
-      num_keys: cache positions, counted from 0.
+      key_C: absolute positions of the keys.
       window: number of positions that a query sees, its own included; None for all.
 
     Returns:
-      Boolean [B, T, num_keys].
+      Boolean [B, T, C].
     """
-    key_C = jnp.arange(num_keys)[None, None]
-    seen = key_C <= position_BT[..., None]
-    return seen if window is None else seen & (key_C > position_BT[..., None] - window)
+    key = key_C[None, None]
+    seen = key <= position_BT[..., None]
+    return seen if window is None else seen & (key > position_BT[..., None] - window)
 
 
 def attention(
     q_BTHD: Float[Array, "B T H D"],
-    k_BGCD: Float[Array, "B G C D"],
-    v_BGCD: Float[Array, "B G C D"],
+    k_NGPD: Float[Array, "N G P D"],
+    v_NGPD: Float[Array, "N G P D"],
+    table_BM: Int[Array, "B M"],
     start_B: Int[Array, "B"],
     *,
     scale: float,
@@ -35,12 +38,15 @@ def attention(
 ) -> Float[Array, "B T H D"]:
     """Grouped-query attention of `T` new tokens a row over a cache that already holds them.
 
-    `softmax(scale * q k^T + mask) v` in float32; query head h reads key/value head `h // (H // G)`.
+    `softmax(scale * q k^T + mask) v` in float32; query head h reads key/value head `h // (H // G)`. The key at position
+    c of row b lies in page `table_BM[b, c // P]`, at place `c % P`. What lies beyond a row's last query, or in the
+    scratch page, is not read, not even multiplied by zero: it may be NaN. A query that sees no key gets zeros.
 
     Args:
       q_BTHD: queries; token t of row b sits at position `start_B[b] + t`.
-      k_BGCD: cached keys.
-      v_BGCD: cached values.
+      k_NGPD: pages of keys.
+      v_NGPD: pages of values.
+      table_BM: the rows' pages.
       start_B: position of each row's first query.
       scale: factor on the scores.
       window: sliding window in tokens, None for full causal attention.
@@ -49,11 +55,17 @@ def attention(
       In the queries' dtype.
     """
     batch, length, heads, head_dim = q_BTHD.shape
-    kv_heads, capacity = k_BGCD.shape[1], k_BGCD.shape[2]
-    q_BTGMD = q_BTHD.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
-    scores_BGMTC = scale * jnp.einsum("btgmd,bgcd->bgmtc", q_BTGMD, k_BGCD.astype(jnp.float32))
+    kv_heads, page_size = k_NGPD.shape[1:3]
+    capacity = table_BM.shape[1] * page_size
+    lay_out = lambda pool: pool[table_BM].swapaxes(1, 2).reshape(batch, kv_heads, capacity, head_dim)  # noqa: E731
     position_BT = start_B[:, None] + jnp.arange(length)[None]
-    mask_BTC = visible(position_BT, capacity, window)
-    weights_BGMTC = jax.nn.softmax(jnp.where(mask_BTC[:, None, None], scores_BGMTC, MASK_VALUE), axis=-1)
-    out_BTGMD = jnp.einsum("bgmtc,bgcd->btgmd", weights_BGMTC, v_BGCD.astype(jnp.float32))
+    there_BC = jnp.repeat(table_BM != SCRATCH_PAGE, page_size, axis=1)
+    seen_BTC = visible(position_BT, jnp.arange(capacity), window) & there_BC[:, None]
+    k_BGCD, v_BGCD = lay_out(k_NGPD).astype(jnp.float32), lay_out(v_NGPD).astype(jnp.float32)
+    v_BGCD = jnp.where(seen_BTC.any(axis=1)[:, None, :, None], v_BGCD, 0.0)
+    q_BTGMD = q_BTHD.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
+    scores_BGMTC = scale * jnp.einsum("btgmd,bgcd->bgmtc", q_BTGMD, k_BGCD)
+    weights_BGMTC = jax.nn.softmax(jnp.where(seen_BTC[:, None, None], scores_BGMTC, MASK_VALUE), axis=-1)
+    weights_BGMTC = jnp.where(seen_BTC[:, None, None], weights_BGMTC, 0.0)
+    out_BTGMD = jnp.einsum("bgmtc,bgcd->btgmd", weights_BGMTC, v_BGCD)
     return out_BTGMD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)

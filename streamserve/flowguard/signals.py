@@ -7,7 +7,15 @@ import numpy as np
 from streamserve.types import LaneStats
 
 # Columns of the context [A, F], one row a lane. `eligible` comes first: a router must not choose a lane without it.
-SIGNALS = ("eligible", "free_slots", "running", "in_transit", "queued_prefill_tokens", "accepted_per_step")
+SIGNALS = (
+    "eligible",
+    "free_slots",
+    "free_pages",
+    "running",
+    "in_transit",
+    "queued_prefill_tokens",
+    "accepted_per_step",
+)
 ELIGIBLE = SIGNALS.index("eligible")
 
 
@@ -22,7 +30,15 @@ def context(lanes: Sequence[LaneStats], eligible: Sequence[bool]) -> np.ndarray:
       float32 [A, F], columns as in `SIGNALS`, each in the unit of its `LaneStats` field.
     """
     rows = [
-        [may, lane.free_slots, lane.running, lane.in_transit, lane.queued_prefill_tokens, lane.accepted_per_step]
+        [
+            may,
+            lane.free_slots,
+            lane.free_pages,
+            lane.running,
+            lane.in_transit,
+            lane.queued_prefill_tokens,
+            lane.accepted_per_step,
+        ]
         for lane, may in zip(lanes, eligible, strict=True)
     ]
     return np.asarray(rows, np.float32)

@@ -1,50 +1,72 @@
-"""Pure device operations on key/value caches. Who owns which row is the ledger's business (`kv/pages.py`)."""
+"""Pure device operations on paged key/value caches. Who owns which page is the ledger's business (`kv/pages.py`)."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from streamserve.types import KVCache, KVShape, LayerKV
+from streamserve.kv.pages import SCRATCH_PAGE
+from streamserve.types import KVCache, KVPool, KVShape, LayerKV
 
 
-def zeros(shape: KVShape, batch: int, capacity: int) -> KVCache:
-    """Allocate an empty cache of `batch` rows of `capacity` tokens.
+def zeros(shape: KVShape, num_pages: int, page_size: int) -> KVPool:
+    """Allocate a pool of `num_pages` empty pages, the scratch page among them.
 
-    Zeros, not `jnp.empty`: uninitialised memory may hold NaN, which survives masking (0 * NaN).
+    Zeros, not `jnp.empty`: uninitialised memory may hold NaN.
     """
-    dims = (batch, shape.num_kv_heads, capacity, shape.head_dim)
+    dims = (num_pages, shape.num_kv_heads, page_size, shape.head_dim)
     layer = lambda: LayerKV(k=jnp.zeros(dims, shape.dtype), v=jnp.zeros(dims, shape.dtype))  # noqa: E731
-    return KVCache(layers=tuple(layer() for _ in range(shape.num_layers)))
+    return KVPool(layers=tuple(layer() for _ in range(shape.num_layers)))
 
 
-def append(layer: LayerKV, k_BTGD: jax.Array, v_BTGD: jax.Array, start_B: jax.Array) -> LayerKV:
-    """Write `T` new tokens a row at positions `start_B ...`, as the cache's dtype.
+def rows(shape: KVShape, batch: int, capacity: int, *, page_size: int = 64) -> KVCache:
+    """Allocate a pool whose pages are dealt out already: `batch` rows of at least `capacity` tokens each."""
+    per_row = -(-capacity // page_size)
+    table_BM = 1 + jnp.arange(batch * per_row, dtype=jnp.int32).reshape(batch, per_row)
+    return KVCache(pool=zeros(shape, 1 + batch * per_row, page_size), table=table_BM)
 
-    Undoing it is a change of the caller's lengths: what lies beyond a length is never read.
+
+def append(layer: LayerKV, k_BTGD: jax.Array, v_BTGD: jax.Array, table_BM: jax.Array, start_B: jax.Array) -> LayerKV:
+    """Write `T` new tokens a row at positions `start_B ...`, as the pool's dtype.
+
+    Undoing it is a change of the caller's lengths: what lies beyond a length is never read. Positions beyond the
+    table, and those whose table entry is the scratch page, go to the scratch page: nobody reads them.
 
     Args:
-      layer: cache of one layer, [B, G, C, D].
+      layer: pool of one layer, [N, G, P, D].
       k_BTGD: new keys.
       v_BTGD: new values.
-      start_B: first position of each row; `start_B + T <= C` is the caller's promise.
+      table_BM: int32, page of each row's m-th stretch of P positions.
+      start_B: int32, first position of each row.
     """
+    page_size, columns = layer.k.shape[2], table_BM.shape[1]
+    position_BT = start_B[:, None] + jnp.arange(k_BTGD.shape[1])[None]
+    column_BT = position_BT // page_size
+    page_BT = jnp.take_along_axis(table_BM, jnp.minimum(column_BT, columns - 1), axis=1)
+    page_BT = jnp.where(column_BT < columns, page_BT, SCRATCH_PAGE)
+    slot_BT = position_BT % page_size
+    if page_BT.size == 1:
+        # XLA makes an update of a slice of a single write, fuses that into the reading which follows, and then has to
+        # copy the pool in every step to keep what it was before (CPU, JAX 0.10). A second write, to the scratch page,
+        # keeps it a scatter, in place.
+        page_BT = jnp.pad(page_BT, ((0, 0), (0, 1)), constant_values=SCRATCH_PAGE)
+        slot_BT, k_BTGD, v_BTGD = (jnp.repeat(array, 2, axis=1) for array in (slot_BT, k_BTGD, v_BTGD))
 
-    def write_row(row_GCD: jax.Array, new_TGD: jax.Array, start: jax.Array) -> jax.Array:
-        new_GTD = jnp.swapaxes(new_TGD, 0, 1).astype(row_GCD.dtype)
-        zero = jnp.zeros_like(start)
-        return jax.lax.dynamic_update_slice(row_GCD, new_GTD, (zero, start, zero))
+    def write(pool_NGPD: jax.Array, new_BTGD: jax.Array) -> jax.Array:
+        new = new_BTGD.astype(pool_NGPD.dtype)
+        return pool_NGPD.at[page_BT, :, slot_BT].set(new, mode="promise_in_bounds")
 
-    write = jax.vmap(write_row)
-    return LayerKV(k=write(layer.k, k_BTGD, start_B), v=write(layer.v, v_BTGD, start_B))
+    return LayerKV(k=write(layer.k, k_BTGD), v=write(layer.v, v_BTGD))
 
 
-def insert_row(cache: KVCache, row: KVCache, slot: jax.Array) -> KVCache:
-    """Put a one-row cache of `S <= C` tokens at the start of row `slot`."""
+def take_pages(pools: Any, page_n: jax.Array) -> Any:
+    """Copy pages out of a tree of pools: [N, ...] leaves become [n, ...]."""
+    return jax.tree.map(lambda pool: pool.at[page_n].get(mode="promise_in_bounds"), pools)
 
-    def put(whole_BGCD: jax.Array, part_1GSD: jax.Array) -> jax.Array:
-        zero = jnp.zeros_like(slot)
-        return jax.lax.dynamic_update_slice(whole_BGCD, part_1GSD, (slot, zero, zero, zero))
 
-    return jax.tree.map(put, cache, row)
+def put_pages(pools: Any, pages: Any, page_n: jax.Array) -> Any:
+    """Copy pages into a tree of pools, at `page_n`; what is padding goes to the scratch page. DONATES pools."""
+    return jax.tree.map(lambda pool, new: pool.at[page_n].set(new, mode="promise_in_bounds"), pools, pages)
 
 
 def num_bytes(tree: object) -> int:

@@ -101,17 +101,18 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(D, config.rms_norm_eps, dtype) if options.qk_norm else None
 
     def __call__(
-        self, x_BTE: Float[Array, "B T E"], layer: LayerKV, start_B: Int[Array, "B"]
+        self, x_BTE: Float[Array, "B T E"], layer: LayerKV, table_BM: Int[Array, "B M"], start_B: Int[Array, "B"]
     ) -> tuple[Float[Array, "B T E"], LayerKV]:
         """Write the tokens' keys and values into the cache, then attend over it.
 
         Args:
           x_BTE: normalised input.
-          layer: this layer's cache.
+          layer: this layer's pages.
+          table_BM: int32, the rows' pages.
           start_B: int32, position of each row's first token.
 
         Returns:
-          The output, and the cache with `T` more tokens a row.
+          The output, and the pages with `T` more tokens a row.
         """
         M, D = self.config.heads_per_group, self.config.head_dim
         with jax.named_scope("qkv"):
@@ -127,19 +128,21 @@ class Attention(nnx.Module):
             angle_BTd = rotary_angles(position_BT, self.config.rope, D)
             q_BTHD, k_BTGD = rotate(q_BTHD, angle_BTd), rotate(k_BTGD, angle_BTd)
         with jax.named_scope("cache"):
-            layer = cache.append(layer, k_BTGD, v_BTGD, start_B)
+            layer = cache.append(layer, k_BTGD, v_BTGD, table_BM, start_B)
         mixed_BTHD = attention(
             q_BTHD,
             layer.k,
             layer.v,
+            table_BM,
             start_B,
             scale=D**-0.5,
             window=self.window,
             implementation=self.implementation,
         )
         with jax.named_scope("output"):
-            mixed_BTGMD = mixed_BTHD.reshape(*x_BTE.shape[:2], -1, M, D)
-            out_BTE = jnp.einsum("btgmd,gmde->bte", mixed_BTGMD, self.out_kernel[...])
+            # As one matrix product: an einsum over (G, M, D) made XLA transpose the weight in every step on CPU.
+            kernel = self.out_kernel[...]
+            out_BTE = mixed_BTHD.reshape(*x_BTE.shape[:2], -1) @ kernel.reshape(-1, kernel.shape[-1])
             return (out_BTE if self.out_bias is None else out_BTE + self.out_bias[...][None, None]), layer
 
 
@@ -175,11 +178,11 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config, dtype)
 
     def __call__(
-        self, x_BTE: Float[Array, "B T E"], layer: LayerKV, start_B: Int[Array, "B"]
+        self, x_BTE: Float[Array, "B T E"], layer: LayerKV, table_BM: Int[Array, "B M"], start_B: Int[Array, "B"]
     ) -> tuple[Float[Array, "B T E"], LayerKV]:
         """Apply the layer; arguments as `Attention`'s, `x_BTE` being the residual stream."""
         with jax.named_scope("attention"):
-            mixed_BTE, layer = self.attention(self.attention_norm(x_BTE), layer, start_B)
+            mixed_BTE, layer = self.attention(self.attention_norm(x_BTE), layer, table_BM, start_B)
             x_BTE = x_BTE + mixed_BTE
         with jax.named_scope("mlp"):
             return x_BTE + self.mlp(self.mlp_norm(x_BTE)), layer

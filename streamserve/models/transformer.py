@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from streamserve.models.config import ModelConfig
 from streamserve.models.layers import DecoderLayer, RMSNorm, new_param
-from streamserve.types import ForwardFns, KVCache, KVShape, Params
+from streamserve.types import ForwardFns, KVCache, KVPool, KVShape, Params
 
 
 class Transformer(nnx.Module):
@@ -51,14 +51,14 @@ class Transformer(nnx.Module):
         """Residual stream after the embedding and after each layer, then the final norm's output: L + 2 arrays."""
         with jax.named_scope("embed"):
             states, layers = [self.embed(tokens_BT)], []
-        for index, (block, layer) in enumerate(zip(self.layers, cache.layers, strict=True)):
+        for index, (block, layer) in enumerate(zip(self.layers, cache.pool.layers, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                x_BTE, layer = block(states[-1], layer, start_B)
+                x_BTE, layer = block(states[-1], layer, cache.table, start_B)
             states.append(x_BTE)
             layers.append(layer)
         with jax.named_scope("final_norm"):
             states.append(self.final_norm(states[-1]))
-        return tuple(states), KVCache(layers=tuple(layers))
+        return tuple(states), KVCache(pool=KVPool(layers=tuple(layers)), table=cache.table)
 
 
 def forward_fns(config: ModelConfig, *, attention_implementation: str | None = None) -> ForwardFns:

@@ -1,40 +1,31 @@
-"""Operations on the decode state, and its way to the host: insert, release, and the packing of a tick's output."""
+"""Operations on the decode state, and its way to the host: insert, release, narrowing, and the packing of an output."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from streamserve import sampling
-from streamserve.kv import cache
-from streamserve.specustream.drafters import Drafter
-from streamserve.types import DecodeState, FinishCode, KVShape, Prefix, RowContext, RowParams, StepOutput
+from streamserve.types import DecodeState, FinishCode, Prefix, RowContext, RowParams, StepOutput, TokenLogprobs
 
 
-def empty_state(kv_shape: KVShape, drafter: Drafter, prefix: Prefix, *, slots: int, capacity: int) -> DecodeState:
+def empty_state(prefix: Prefix, slots: int) -> DecodeState:
     """Allocate a decode state of free slots.
 
     Args:
-      kv_shape: of the target's cache.
-      drafter: allocates its own state.
       prefix: shapes of any prefix; fixes the vocabulary and the width of the sampling parameters.
       slots: B.
-      capacity: C, tokens a row.
     """
     widen = lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
     zeros = jnp.zeros((slots,), jnp.int32)
     row: RowParams = jax.tree.map(widen, prefix.row)
-    seen_BV = widen(prefix.prompt_seen)
-    counts_BV = jnp.zeros(seen_BV.shape, jnp.int32)
     # A free row must not switch costly branches of sampling on: it is greedy and has neutral penalties.
     row = dataclasses.replace(
         row, bias_ids=jnp.full_like(row.bias_ids, -1), repetition_penalty=jnp.ones((slots,)), top_p=jnp.ones((slots,))
     )
     return DecodeState(
-        target=cache.zeros(kv_shape, slots, capacity),
-        draft=drafter.empty(slots, capacity),
         active=jnp.zeros((slots,), bool),
         length=zeros + 1,
         prev_token=zeros,
@@ -42,41 +33,37 @@ def empty_state(kv_shape: KVShape, drafter: Drafter, prefix: Prefix, *, slots: i
         finish=zeros,
         first_pending=jnp.zeros((slots,), bool),
         first_logprobs=jax.tree.map(widen, prefix.first_logprobs),
-        context=RowContext(row=row, prompt_seen=seen_BV, output_counts=counts_BV, emitted=zeros),
+        context=RowContext(
+            row=row, prompt_seen=widen(prefix.prompt_seen), output_counts=widen(prefix.output_counts), emitted=zeros
+        ),
     )
 
 
-def insert(drafter: Drafter, state: DecodeState, prefix: Prefix, slot: jax.Array) -> DecodeState:
-    """Put a prefix into a free slot; its first token goes out with the next `StepOutput`.
+def insert(state: DecodeState, prefix: Prefix, slot: jax.Array) -> DecodeState:
+    """Put a request into a free slot; a pending first token goes out with the next `StepOutput`.
 
     DONATES state.
     """
     row = prefix.row
-    first = prefix.first_token[0]
-    stops = jnp.any(first == row.stop_ids[0])
-    full = row.max_tokens[0] <= 1
-    code = jnp.where(stops, FinishCode.STOP, jnp.where(full, FinishCode.LENGTH, FinishCode.RUNNING))
+    stops = jnp.any(prefix.last_token[0] == row.stop_ids[0])
+    full = row.max_tokens[0] <= prefix.emitted[0]
+    ended = jnp.where(stops, FinishCode.STOP, jnp.where(full, FinishCode.LENGTH, FinishCode.RUNNING))
+    code = jnp.where(prefix.finite[0], ended, FinishCode.INVALID).astype(jnp.int32)
     put = lambda whole, part: whole.at[slot].set(part[0])  # noqa: E731
     old = state.context
-    counts_1V = sampling.count_tokens(
-        jnp.zeros((1, old.output_counts.shape[1]), jnp.int32), prefix.first_token[:, None]
-    )
-    return dataclasses.replace(
-        state,
-        target=cache.insert_row(state.target, prefix.target, slot),
-        draft=drafter.insert(state.draft, prefix.draft, slot),
+    return DecodeState(
         active=state.active.at[slot].set(code == FinishCode.RUNNING),
         length=put(state.length, prefix.length),
-        prev_token=put(state.prev_token, prefix.prompt_tail),
-        last_token=put(state.last_token, prefix.first_token),
-        finish=state.finish.at[slot].set(code.astype(jnp.int32)),
-        first_pending=state.first_pending.at[slot].set(True),
+        prev_token=put(state.prev_token, prefix.prev_token),
+        last_token=put(state.last_token, prefix.last_token),
+        finish=state.finish.at[slot].set(code),
+        first_pending=put(state.first_pending, prefix.first_pending & prefix.finite),
         first_logprobs=jax.tree.map(put, state.first_logprobs, prefix.first_logprobs),
         context=RowContext(
             row=jax.tree.map(put, old.row, row),
             prompt_seen=put(old.prompt_seen, prefix.prompt_seen),
-            output_counts=put(old.output_counts, counts_1V),
-            emitted=old.emitted.at[slot].set(1),
+            output_counts=put(old.output_counts, prefix.output_counts),
+            emitted=put(old.emitted, prefix.emitted),
         ),
     )
 
@@ -106,19 +93,42 @@ def release(state: DecodeState, slot: jax.Array) -> DecodeState:
     )
 
 
-def pack(output: StepOutput) -> jax.Array:
-    """Lay a tick's output out in one int32 array [B, W], bits of floats included: one copy brings it to the host."""
-    parts = [_as_int32(leaf).reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(output)]
-    return jnp.concatenate(parts, axis=1)
+def narrow(state: DecodeState, batch: int) -> DecodeState:
+    """Take the first `batch` rows."""
+    return jax.tree.map(lambda leaf: leaf[:batch], state)
 
 
-def unpack(packed: np.ndarray, shapes: StepOutput) -> StepOutput:
+def widen(state: DecodeState, part: DecodeState) -> DecodeState:
+    """Put the first rows back. DONATES state."""
+    return jax.tree.map(lambda whole, rows: whole.at[: rows.shape[0]].set(rows), state, part)
+
+
+def pack(output: StepOutput) -> tuple[jax.Array, jax.Array]:
+    """Lay a tick's output out in two int32 arrays [B, W], bits of floats included: tokens, and log-probabilities."""
+    return _packed(dataclasses.replace(output, logprobs=None)), _packed(output.logprobs)
+
+
+def unpack(packed: np.ndarray, packed_logprobs: np.ndarray | None, shapes: StepOutput) -> StepOutput:
     """Undo `pack` on the host.
 
     Args:
       packed: int32 [B, W].
+      packed_logprobs: int32 [B, W], or None where nobody asked.
       shapes: `jax.ShapeDtypeStruct` leaves of the output that was packed.
     """
+    output: StepOutput = _unpacked(packed, dataclasses.replace(shapes, logprobs=None))
+    if packed_logprobs is None:
+        return output
+    logprobs: TokenLogprobs = _unpacked(packed_logprobs, shapes.logprobs)
+    return dataclasses.replace(output, logprobs=logprobs)
+
+
+def _packed(tree: Any) -> jax.Array:
+    flat = lambda leaf: leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))  # noqa: E731
+    return jnp.concatenate([flat(_as_int32(leaf)) for leaf in jax.tree.leaves(tree)], axis=1)
+
+
+def _unpacked(packed: np.ndarray, shapes: Any) -> Any:
     leaves, cursor = [], 0
     for shape in jax.tree.leaves(shapes):
         width = int(np.prod(shape.shape[1:], dtype=np.int64))

@@ -3,20 +3,23 @@
 A compiled program refuses other shapes and shardings with an error. So nothing can compile after warm-up by accident.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 
 from streamserve import sampling
 from streamserve.config import PipeServeConfig
+from streamserve.kv import cache
 from streamserve.mesh import PairMeshes, replicated
 from streamserve.pipeserve import decode
-from streamserve.pipeserve.prefill import make_prefill, sample_first
-from streamserve.pipeserve.transfer import shardings
+from streamserve.pipeserve.prefill import make_draft_prefill, make_first, make_prefill
+from streamserve.pipeserve.sizes import LaneSizes
+from streamserve.pipeserve.transfer import shardings, split_pages, transfer
 from streamserve.sampling_params import SamplingParams
 from streamserve.specustream.drafters import Drafter
 from streamserve.specustream.step import make_step
@@ -25,31 +28,38 @@ from streamserve.types import (
     DecodeState,
     ForwardFns,
     KVShape,
+    Pools,
+    PrefillBatch,
     PrefillOutput,
     Prefix,
     Request,
     RowParams,
     StepOutput,
-    TokenLogprobs,
 )
 
-_CAPACITY_MULTIPLE = 64  # tokens; keeps the rows of the cache aligned
-
-
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # of jax.monitoring, once per compilation
+
+
+class CompilationError(AssertionError):
+    """Something was compiled after warm-up."""
 
 
 class CompilationCounter:
     """Counts the compilations of the process while it is switched on."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, forbid: bool = False) -> None:
+        """Start switched off; `forbid` makes each compilation an error where it happens."""
         self.count = 0
         self.on = False
+        self._forbid = forbid
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        del duration_secs, kwargs
-        self.count += self.on and event == _COMPILE_EVENT
+        del kwargs
+        if self.on and event == _COMPILE_EVENT:
+            self.count += 1
+            if self._forbid:
+                raise CompilationError(f"a program was compiled after warm-up, in {duration_secs:.3f} s")
 
 
 class PairModels(NamedTuple):
@@ -64,182 +74,303 @@ class PairModels(NamedTuple):
     decode_params: tuple[Any, Any]  # of target and drafter, on the decode mesh
 
 
-def prefill_buckets(declared: tuple[int, ...], max_model_len: int) -> tuple[int, ...]:
-    """Prompt lengths to compile for: the declared ones, cut off at the longest prompt that can be served."""
-    longest = max_model_len - 1  # one token at least is generated
-    return (*(size for size in declared if size < longest), min((s for s in declared if s >= longest), default=longest))
-
-
 class Programs:
-    """The compiled programs of one stream pair."""
+    """The compiled programs of one stream pair, and the ways of arrays to, between and from its meshes.
 
-    def __init__(
-        self,
-        meshes: PairMeshes,
-        models: PairModels,
-        config: PipeServeConfig,
-        *,
-        max_model_len: int,
-        tiers: tuple[int, ...],
-    ):
+    Attributes:
+      prefill: by tiles: `(target_params, draft_params, pools, batch) -> (pools, PrefillOutput)`.
+      draft_prefill: by tiles, on the decode mesh: `(draft_params, pools, batch) -> pools`; empty unless the draft's
+        pages are computed there anew.
+      first: `(target_params, tail_hidden, tile, length, prev_token, prompt_seen, row) -> Prefix`.
+      take: by pages, on the prefill mesh: `(pools, page_n) -> pages`.
+      put: by pages, on the decode mesh: `(pools, pages, page_n) -> pools`.
+      keep, restore: as `take` and `put`, from the decode mesh and back; empty unless preemption keeps pages.
+      insert: `(state, prefix, slot) -> state`.
+      release: `(state, slot) -> state`.
+      step: by slots and depth: `(target_params, draft_params, pools, state, table) -> (pools, state, packed, packed
+        log-probabilities)`.
+      step_shapes: by slots and depth, what `step` packs.
+    """
+
+    def __init__(self, meshes: PairMeshes, models: PairModels, config: PipeServeConfig, sizes: LaneSizes):
         """Declare the programs; `compilations` compiles them.
 
         Args:
           meshes: of the pair.
           models: what it runs.
-          config: sizes.
-          max_model_len: most tokens of prompt and output together.
-          tiers: draft depths, one decode program each.
+          config: what travels and what a request may ask for.
+          sizes: declared shapes.
         """
-        self.buckets = prefill_buckets(config.prefill_buckets, max_model_len)
-        self.tiers = tiers
-        self.prefill: dict[int, Callable[..., PrefillOutput]] = {}
-        self.first: Callable[..., tuple[jax.Array, TokenLogprobs]] | None = None
-        self.insert: dict[int, Callable[..., DecodeState]] = {}
-        self.step: dict[int, Callable[..., tuple[DecodeState, jax.Array]]] = {}
-        self.step_shapes: dict[int, StepOutput] = {}
-        self.release: Callable[..., DecodeState] | None = None
-        self._meshes, self._models, self._config = meshes, models, config
-        longest = max(max_model_len + max(tiers) + 1, self.buckets[-1])
-        self._capacity = -(-longest // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
-        self._allocate = self._compile_allocate()
+        self.sizes, self.config = sizes, config
+        self.colocated = meshes.colocated
+        self.recomputes_draft = config.draft_kv == "recompute" and not self.colocated and bool(max(sizes.tiers))
+        self.prefill: dict[int, Callable[..., tuple[Pools, PrefillOutput]]] = {}
+        self.draft_prefill: dict[int, Callable[..., Pools]] = {}
+        self.take: dict[int, Callable[..., Any]] = {}
+        self.put: dict[int, Callable[..., Pools]] = {}
+        self.keep: dict[int, Callable[..., Any]] = {}
+        self.restore: dict[int, Callable[..., Pools]] = {}
+        self.step: dict[tuple[int, int], Callable[..., tuple[Pools, DecodeState, jax.Array, jax.Array]]] = {}
+        self.step_shapes: dict[tuple[int, int], StepOutput] = {}
+        self._meshes, self._models = meshes, models
+        self._allocators: dict[str, Callable[[], Any]] = {}
+        self._row = row_shape(max_stop_ids=config.max_stop_ids, max_logit_bias=config.max_logit_bias)
 
-    def allocate(self) -> DecodeState:
-        """Make an empty decode state on its mesh, each shard where it belongs."""
-        return self._allocate()
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the models know."""
+        return self._models.vocab_size
 
-    def _compile_allocate(self) -> Callable[[], DecodeState]:
-        shape = self._prefix_shape(self.buckets[0])
+    @property
+    def prefill_params(self) -> tuple[Any, Any]:
+        """Parameters of target and drafter on the prefill mesh."""
+        return self._models.prefill_params
 
-        def make() -> DecodeState:
-            slots = self._config.max_num_seqs
-            return decode.empty_state(
-                self._models.kv_shape, self._models.drafter, shape, slots=slots, capacity=self._capacity
-            )
+    @property
+    def decode_params(self) -> tuple[Any, Any]:
+        """Parameters of target and drafter on the decode mesh."""
+        return self._models.decode_params
 
-        where = shardings(jax.eval_shape(make), self._meshes.decode)
-        return jax.jit(make, out_shardings=where).lower().compile()
+    # --- ways of arrays
 
-    def compilations(self, state: DecodeState) -> list[tuple[str, Callable[[], None]]]:
-        """List every program by name, with a function that compiles it; they may run in any order and in threads.
+    def to_prefill(self, tree: Any) -> Any:
+        """Copy host arrays to the prefill mesh."""
+        return jax.device_put(tree, replicated(self._meshes.prefill))
 
-        Args:
-          state: the decode state that the programs will work on; only its shapes and shardings are used.
-        """
-        shapes = placed(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+    def to_decode(self, tree: Any) -> Any:
+        """Copy host arrays to the decode mesh."""
+        return jax.device_put(tree, replicated(self._meshes.decode))
 
-        def of_bucket(size: int) -> None:
-            self.prefill[size] = self._compile_prefill(size)
-            prefix = self._prefix_shape(size)
-            arriving = placed(prefix, shardings(prefix, self._meshes.decode))
-            self.insert[size] = self._compile_update(self._insert, shapes, arriving)
+    def transfer(self, tree: Any) -> tuple[Any, int]:
+        """Start the copy of pages or a prefix to the decode mesh; gives it and the bytes that change devices."""
+        return transfer(tree, self._meshes.decode)
 
-        def of_tier(tier: int) -> None:
-            self.step[tier] = self._compile_step(tier, shapes)
+    def to_host(self, tree: Any) -> Any:
+        """Bring arrays that are ready, and whose copy has been started, to the host's memory."""
+        return jax.device_get(tree)
 
-        def of_small_ones() -> None:
-            self.release = self._compile_update(decode.release, shapes)
-            self.first = self._compile_first()
+    def is_ready(self, tree: Any) -> bool:
+        """Whether all arrays of a tree are computed, without waiting for them."""
+        return all(leaf.is_ready() for leaf in jax.tree.leaves(tree))
 
-        return [
-            *((f"decode at depth {tier}", functools.partial(of_tier, tier)) for tier in self.tiers),
-            *((f"prefill of {size} tokens", functools.partial(of_bucket, size)) for size in reversed(self.buckets)),
-            ("first token and release", of_small_ones),
-        ]
+    def start_read(self, tree: Any) -> None:
+        """Start the copy of arrays to the host; `read` waits for it."""
+        with jax.transfer_guard_device_to_host("allow"):  # it counts as implicit, though it could not be more explicit
+            jax.tree.map(lambda leaf: leaf.copy_to_host_async(), tree)
 
-    def _insert(self, state: DecodeState, prefix: Prefix, slot: jax.Array) -> DecodeState:
-        return decode.insert(self._models.drafter, state, prefix, slot)
+    def read(self, tree: Any) -> Any:
+        """Wait for arrays and bring them to the host."""
+        return jax.device_get(tree)
 
-    def _prefill_fn(self) -> Callable[..., PrefillOutput]:
-        models = self._models
-        return make_prefill(
-            models.target,
-            models.kv_shape,
-            models.drafter,
-            vocab_size=models.vocab_size,
-            max_logprobs=self._config.max_logprobs,
-        )
+    # --- allocation
 
-    def _prefill_inputs(self, size: int) -> tuple[Any, ...]:
-        """Shapes of a prompt, its length, and whether its log-probabilities are wanted."""
-        shape = jax.ShapeDtypeStruct
-        inputs = (shape((1, size), jnp.int32), shape((1,), jnp.int32), shape((), jnp.bool_))
-        return self._on_prefill(inputs)
+    def allocate_prefill(self) -> Pools:
+        """Make the empty pools of the prefill mesh."""
+        drafts = not self.recomputes_draft
+        return self._allocate("prefill", self._pools(self.sizes.prefill_pages, drafts=drafts), self._meshes.prefill)
 
-    def _row(self) -> RowParams:
-        config = self._config
-        return self._on_prefill(row_shape(max_stop_ids=config.max_stop_ids, max_logit_bias=config.max_logit_bias))
+    def allocate_decode(self) -> Pools:
+        """Make the empty pools of the decode mesh; those of the prefill mesh are among them where it is the same."""
+        return self._allocate("decode", self._decode_pools, self._meshes.decode)
 
-    def _on_prefill(self, shapes: Any) -> Any:
-        where = replicated(self._meshes.prefill)
-        return placed(shapes, jax.tree.map(lambda _: where, shapes))
+    def allocate_state(self) -> DecodeState:
+        """Make a decode state of free slots."""
+        return self._allocate("state", self._empty_state(), self._meshes.decode)
 
-    def _prefill_shape(self, size: int) -> PrefillOutput:
-        shape = jax.eval_shape(self._prefill_fn(), *self._models.prefill_params, *self._prefill_inputs(size))
-        return placed(shape, shardings(shape, self._meshes.prefill))
+    def num_pages(self, *, decode_side: bool) -> int:
+        """Pages of a mesh's pools, the scratch page included."""
+        sizes = self.sizes
+        if self.colocated:
+            return sizes.prefill_pages + sizes.decode_pages - 1
+        return sizes.decode_pages if decode_side else sizes.prefill_pages
 
-    def _prefix_shape(self, size: int) -> Prefix:
-        output, row = self._prefill_shape(size), self._row()
-        token: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
-        first, logprobs = jax.eval_shape(self._first_fn(), output.tail_logits, output.prompt_seen, row)
-        return Prefix(
-            target=output.target,
-            draft=output.draft,
-            length=token,
-            prompt_tail=token,
-            first_token=first,
-            first_logprobs=logprobs,
-            prompt_seen=output.prompt_seen,
-            row=row,
-        )
+    def _allocate(self, name: str, make: Callable[[], Any], mesh: Mesh) -> Any:
+        """Run an allocator, which is compiled once: a lane that is reset in the middle of serving allocates again."""
+        if name not in self._allocators:
+            where = shardings(jax.eval_shape(make), mesh)
+            self._allocators[name] = jax.jit(make, out_shardings=where).lower().compile()
+        return self._allocators[name]()
 
-    def _compile_prefill(self, size: int) -> Callable[..., PrefillOutput]:
-        where = shardings(self._prefill_shape(size), self._meshes.prefill)
-        jitted = jax.jit(self._prefill_fn(), out_shardings=where)
-        return jitted.lower(*self._models.prefill_params, *self._prefill_inputs(size)).compile()
+    def _pools(self, num_pages: int, *, drafts: bool = True) -> Callable[[], Pools]:
+        models, page_size = self._models, self.sizes.page_size
 
-    def _first_fn(self) -> Callable[..., tuple[jax.Array, TokenLogprobs]]:
-        return functools.partial(sample_first, max_logprobs=self._config.max_logprobs)
+        def make() -> Pools:
+            draft = models.drafter.pool(num_pages, page_size) if drafts else ()
+            return Pools(target=cache.zeros(models.kv_shape, num_pages, page_size), draft=draft)
 
-    def _compile_first(self) -> Callable[..., tuple[jax.Array, TokenLogprobs]]:
-        output = self._prefill_shape(self.buckets[0])
-        jitted = jax.jit(self._first_fn(), out_shardings=replicated(self._meshes.prefill))
-        return jitted.lower(output.tail_logits, output.prompt_seen, self._row()).compile()
+        return make
 
-    def _compile_update(self, update: Callable[..., DecodeState], state: DecodeState, *arguments: Any) -> Callable:
-        """Compile `(state, *arguments, slot) -> state` with the state donated."""
-        mesh = self._meshes.decode
-        slot = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-        jitted = jax.jit(update, donate_argnums=0, out_shardings=shardings(state, mesh))
-        return jitted.lower(state, *arguments, slot).compile()
+    def _empty_state(self) -> Callable[[], DecodeState]:
+        prefix = self._prefix_shape()
+        return lambda: decode.empty_state(prefix, self.sizes.slots)
 
-    def _compile_step(self, tier: int, state: DecodeState) -> Callable[..., tuple[DecodeState, jax.Array]]:
-        models, mesh = self._models, self._meshes.decode
+    def _decode_pools(self) -> Pools:
+        return self._pools(self.num_pages(decode_side=True))()
+
+    # --- compilation
+
+    def compilations(self) -> list[tuple[str, Callable[[], None]]]:
+        """List every program by name, with a function that compiles it; they may run in any order and in threads."""
+        prefill, decode_mesh, sizes = self._meshes.prefill, self._meshes.decode, self.sizes
+        drafts = not self.recomputes_draft
+        home = self._decode_pools if self.colocated else self._pools(sizes.prefill_pages, drafts=drafts)
+        home_pools = on_mesh(jax.eval_shape(home), prefill)
+        pools = on_mesh(jax.eval_shape(self._decode_pools), decode_mesh)
+        state = on_mesh(jax.eval_shape(self._empty_state()), decode_mesh)
+        jobs: list[tuple[str, Callable[[], None]]] = []
+        for batch in reversed(sizes.batches):
+            for tier in sizes.tiers:
+                job = functools.partial(self._compile_step, batch, tier, pools, state)
+                jobs.append((f"decode of {batch} slots at depth {tier}", job))
+        for tiles in reversed(sizes.tiles):
+            job = functools.partial(self._compile_prefill, tiles, home_pools)
+            jobs.append((f"prefill of {tiles * sizes.page_size} tokens", job))
+            if self.recomputes_draft:
+                job = functools.partial(self._compile_draft_prefill, tiles, pools)
+                jobs.append((f"prefill of {tiles * sizes.page_size} tokens by the draft", job))
+        jobs.append(("first token", self._compile_first))
+        if not self.colocated:
+            for count in sizes.moves:
+                jobs.append(
+                    (f"hand-off of {count} pages", functools.partial(self._compile_move, count, home_pools, pools))
+                )
+        if self.config.preemption == "keep":
+            for count in sizes.moves:
+                jobs.append((f"rescue of {count} pages", functools.partial(self._compile_keep, count, pools)))
+        jobs.append(("insertion and release", functools.partial(self._compile_state, state)))
+        return jobs
+
+    def _compile_step(self, batch: int, tier: int, pools: Any, state: Any) -> None:
+        models, mesh, config = self._models, self._meshes.decode, self.config
         step = make_step(
             models.target,
             models.drafter,
             models.verify,
             depth=tier,
-            rounds=self._config.rounds_per_tick,
-            max_logprobs=self._config.max_logprobs,
+            rounds=config.rounds_per_tick,
+            max_logprobs=config.max_logprobs,
         )
 
-        def tick(target_params: Any, draft_params: Any, state: DecodeState) -> tuple[DecodeState, jax.Array]:
-            state, output = step(target_params, draft_params, state)
-            return state, decode.pack(output)
+        def tick(
+            target_params: Any, draft_params: Any, pools: Pools, state: DecodeState, table_BM: jax.Array
+        ) -> tuple[Pools, DecodeState, jax.Array, jax.Array]:
+            part = decode.narrow(state, batch)
+            pools, part, output = step(target_params, draft_params, pools, part, table_BM)
+            return pools, decode.widen(state, part), *decode.pack(output)
 
-        self.step_shapes[tier] = jax.eval_shape(step, *models.decode_params, state)[1]
-        jitted = jax.jit(tick, donate_argnums=2, out_shardings=(shardings(state, mesh), replicated(mesh)))
-        return jitted.lower(*models.decode_params, state).compile()
+        table = on_mesh(jax.ShapeDtypeStruct((batch, self.sizes.columns), jnp.int32), mesh)
+        narrow = jax.eval_shape(lambda whole: decode.narrow(whole, batch), state)
+        self.step_shapes[batch, tier] = jax.eval_shape(step, *models.decode_params, pools, narrow, table)[2]
+        where = (shardings(pools, mesh), shardings(state, mesh), replicated(mesh), replicated(mesh))
+        jitted = jax.jit(tick, donate_argnums=(2, 3), out_shardings=where)
+        self.step[batch, tier] = jitted.lower(*models.decode_params, pools, state, table).compile()
+
+    def _compile_prefill(self, tiles: int, pools: Any) -> None:
+        models, mesh = self._models, self._meshes.prefill
+        drafter = None if self.recomputes_draft else models.drafter
+        largest = self.sizes.tiles[-1]
+        prefill = make_prefill(models.target, drafter, largest=largest, max_logprobs=self.config.max_logprobs)
+        jitted = jax.jit(prefill, donate_argnums=2, out_shardings=(shardings(pools, mesh), replicated(mesh)))
+        batch = on_mesh(self._batch_shape(tiles), mesh)
+        self.prefill[tiles] = jitted.lower(*models.prefill_params, pools, batch).compile()
+
+    def _compile_draft_prefill(self, tiles: int, pools: Any) -> None:
+        mesh, prefill = self._meshes.decode, make_draft_prefill(self._models.drafter)
+        jitted = jax.jit(prefill, donate_argnums=1, out_shardings=shardings(pools, mesh))
+        batch = on_mesh(self._batch_shape(tiles), mesh)
+        self.draft_prefill[tiles] = jitted.lower(self._models.decode_params[1], pools, batch).compile()
+
+    def _compile_first(self) -> None:
+        mesh = self._meshes.prefill
+        jitted = jax.jit(self._first_fn(), out_shardings=replicated(mesh))
+        arguments = on_mesh(self._first_inputs(), mesh)
+        self.first = jitted.lower(self._models.prefill_params[0], *arguments).compile()
+
+    def _compile_move(self, count: int, home_pools: Any, pools: Any) -> None:
+        """Compile both ends of a hand-off."""
+        prefill = self._meshes.prefill
+        page_n = jax.ShapeDtypeStruct((count,), jnp.int32)
+        pages = jax.eval_shape(cache.take_pages, home_pools, page_n)
+        take, where = cache.take_pages, shardings(pages, prefill)
+        if prefill.size != self._meshes.decode.size:
+            take = lambda pools, page_n: split_pages(  # noqa: E731
+                cache.take_pages(pools, page_n), self._meshes.decode.size
+            )
+            where = replicated(prefill)
+        self.take[count] = jax.jit(take, out_shardings=where).lower(home_pools, on_mesh(page_n, prefill)).compile()
+        self.put[count] = self._compile_put(pages, page_n, pools)
+
+    def _compile_put(self, pages: Any, page_n: Any, pools: Any) -> Callable[..., Pools]:
+        mesh, recomputes = self._meshes.decode, self.recomputes_draft
+
+        def put(pools: Pools, pages: Pools, page_n: jax.Array) -> Pools:
+            if recomputes and pages.draft == ():
+                return dataclasses.replace(pools, target=cache.put_pages(pools.target, pages.target, page_n))
+            return cache.put_pages(pools, pages, page_n)
+
+        jitted = jax.jit(put, donate_argnums=0, out_shardings=shardings(pools, mesh))
+        return jitted.lower(pools, on_mesh(pages, mesh), on_mesh(page_n, mesh)).compile()
+
+    def _compile_keep(self, count: int, pools: Any) -> None:
+        """Compile both ends of a rescue: pages leave the decode mesh, and come back."""
+        mesh = self._meshes.decode
+        page_n = jax.ShapeDtypeStruct((count,), jnp.int32)
+        pages = jax.eval_shape(cache.take_pages, pools, page_n)
+        jitted = jax.jit(cache.take_pages, out_shardings=shardings(pages, mesh))
+        self.keep[count] = jitted.lower(pools, on_mesh(page_n, mesh)).compile()
+        self.restore[count] = self._compile_put(pages, page_n, pools)
+
+    def _compile_state(self, state: Any) -> None:
+        mesh = self._meshes.decode
+        slot = on_mesh(jax.ShapeDtypeStruct((), jnp.int32), mesh)
+        prefix = on_mesh(self._prefix_shape(), mesh)
+        where = shardings(state, mesh)
+        insert = jax.jit(decode.insert, donate_argnums=0, out_shardings=where)
+        self.insert = insert.lower(state, prefix, slot).compile()
+        release = jax.jit(decode.release, donate_argnums=0, out_shardings=where)
+        self.release = release.lower(state, slot).compile()
+
+    # --- shapes
+
+    def _batch_shape(self, tiles: int) -> PrefillBatch:
+        shape: Callable[..., Any] = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.int32)  # noqa: E731
+        flag: Any = jax.ShapeDtypeStruct((), jnp.bool_)
+        page_size = self.sizes.page_size
+        return PrefillBatch(
+            tokens=shape(tiles, page_size),
+            next_tokens=shape(tiles, page_size),
+            table=shape(tiles, self.sizes.columns),
+            start=shape(tiles),
+            tail=shape(tiles),
+            wants_logprobs=flag,
+        )
+
+    def _first_fn(self) -> Callable[..., Prefix]:
+        return make_first(self._models.target, max_logprobs=self.config.max_logprobs)
+
+    def _first_inputs(self) -> tuple[Any, ...]:
+        """Shapes of what the first token is sampled from."""
+        prefill = make_prefill(
+            self._models.target, None, largest=self.sizes.tiles[-1], max_logprobs=self.config.max_logprobs
+        )
+        pools = jax.eval_shape(self._pools(self.sizes.prefill_pages, drafts=False))
+        batch = self._batch_shape(self.sizes.tiles[0])
+        hidden = jax.eval_shape(prefill, *self._models.prefill_params, pools, batch)[1].tail_hidden
+        whole = jax.ShapeDtypeStruct((1,), jnp.int32)
+        tile = jax.ShapeDtypeStruct((), jnp.int32)
+        return hidden, tile, whole, whole, jax.ShapeDtypeStruct((1, self.vocab_size), jnp.bool_), self._row
+
+    def _prefix_shape(self) -> Prefix:
+        return jax.eval_shape(self._first_fn(), self._models.prefill_params[0], *self._first_inputs())
 
 
-def placed(shapes: Any, where: Any) -> Any:
-    """Attach shardings to shapes, leaf by leaf."""
+def on_mesh(shapes: Any, mesh: Mesh) -> Any:
+    """Attach to shapes where their arrays lie on a mesh, leaf by leaf."""
 
-    def attach(shape: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    def attach(shape: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    return jax.tree.map(attach, shapes, where)
+    return jax.tree.map(attach, shapes, shardings(shapes, mesh))
 
 
 def row_shape(*, max_stop_ids: int, max_logit_bias: int) -> RowParams:

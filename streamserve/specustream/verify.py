@@ -45,5 +45,21 @@ def rejection(target_probs_BTV: jax.Array, draft: Draft, key_B: jax.Array) -> Ve
     return Verdict(num_accepted=num_accepted_B, next_token=sampling.sample(next_BV, keys_B2[:, 1]))
 
 
+def greedy(logits_BTV: jax.Array, draft: Draft) -> Verdict:
+    """Accept what agrees with the largest logits: what every lossless rule does where all rows are point masses.
+
+    Args:
+      logits_BTV: adjusted, with T = K + 1 positions.
+      draft: K proposed tokens and how many count for each row; its distributions are not read.
+    """
+    depth = draft.tokens.shape[1]
+    best_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+    accept_BK = (draft.tokens == best_BT[:, :depth]) & (jnp.arange(depth)[None] < draft.length[:, None])
+    num_accepted_B = jnp.sum(jnp.cumprod(accept_BK, axis=1, dtype=jnp.int32), axis=1)
+    return Verdict(
+        num_accepted=num_accepted_B, next_token=jnp.take_along_axis(best_BT, num_accepted_B[:, None], axis=1)[:, 0]
+    )
+
+
 def _at(probs_BTV: jax.Array, position_B: jax.Array) -> jax.Array:
     return jnp.take_along_axis(probs_BTV, position_B[:, None, None], axis=1)[:, 0]

@@ -45,7 +45,7 @@ def start(tmp_path):
                 **paths,
             }
         )
-        return generate.run(options, make_engine or (lambda config, *, use_tqdm: engine)), options
+        return generate.run(options, make_engine or (lambda config, **_: engine)), options
 
     return run
 
@@ -154,7 +154,7 @@ def test_ctrl_c_leaves_complete_lines_and_a_marked_summary(start):
 def test_ctrl_c_while_the_model_loads_leaves_an_older_output_alone(start, tmp_path):
     (tmp_path / "out.jsonl").write_text("older\n")
 
-    def interrupt(config, *, use_tqdm):
+    def interrupt(config, **_):
         raise KeyboardInterrupt
 
     assert start(GOOD, make_engine=interrupt)[0] == 130
@@ -180,7 +180,7 @@ def test_a_full_disk_does_not_hide_why_the_engine_failed(start):
 def test_a_model_that_cannot_be_loaded_is_one_line_and_code_2(start, tmp_path, capsys, error):
     (tmp_path / "out.jsonl").write_text("older\n")
 
-    def fail(config, *, use_tqdm):
+    def fail(config, **_):
         raise error
 
     assert start(GOOD, make_engine=fail)[0] == 2
@@ -200,7 +200,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_code_2(start, tmp_path, c
     ],
 )
 def test_a_wrong_config_is_one_line_and_code_2(start, capsys, config, message):
-    def never(config, *, use_tqdm):
+    def never(config, **_):
         raise AssertionError("the engine must not be built")
 
     assert start(GOOD, config=config, make_engine=never)[0] == 2
@@ -216,7 +216,7 @@ def test_an_unreadable_input_is_code_2(start, tmp_path, capsys):
 
 
 def test_an_output_that_cannot_be_written_is_code_2_before_the_model_loads(start, tmp_path, capsys):
-    def never(config, *, use_tqdm):
+    def never(config, **_):
         raise AssertionError("the engine must not be built")
 
     for path, reason in ((tmp_path / "no" / "out.jsonl", "there is no folder"), (tmp_path, "it is a folder")):

@@ -78,6 +78,9 @@ LIBRARY = textwrap.dedent('''
             if weight > 10:
                 return 0
             return crates
+
+        def sink(self):
+            pass
 ''')
 
 
@@ -164,6 +167,18 @@ def test_scores_are_what_their_names_say(pair):
     np.testing.assert_allclose([score.target_loss, score.draft_loss], losses, rtol=1e-4)
     np.testing.assert_allclose(score.acceptance, np.minimum(*probs).sum() / 32, rtol=1e-4)
     assert score.agreement == np.mean(probs[0].argmax(-1) == probs[1].argmax(-1))
+
+
+def test_the_loss_is_the_divergence_from_the_teacher_and_the_datas(pair):
+    rows = jnp.asarray(corpus.pack_rows(pair.encoded, count=1, length=33, seed=(9,)), jnp.int32)
+    (target, target_params), (draft, draft_params) = pair.models["target"], pair.models["draft"]
+    logp, logq = (
+        jax.nn.log_softmax(logits_of(model, params, rows[:, :-1], 32))[0] for model, params in pair.models.values()
+    )
+    divergence = np.sum(np.exp(logp) * (logp - logq)) / 32
+    surprise = -np.mean([logq[s, rows[0, s + 1]] for s in range(32)])
+    loss = make_loss(draft, target, 0.75, 32)(draft_params, target_params, rows)
+    np.testing.assert_allclose(loss, 0.75 * divergence + 0.25 * surprise, rtol=1e-4)
 
 
 class Killed(BaseException):
@@ -257,6 +272,20 @@ def test_transformers_reads_the_tokenizer(exported, name):
     assert max(ours.encode(text)[:1]) < len(corpus.SPECIAL_TOKENS)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ('def f():\n    """Return one.\n    """\n', "    return 1\n"),
+        ("How many stones?", "\nIt takes 5 - 2."),
+        ("Summarize: A fox. An owl.", "\nA fox."),
+        ("for x in y:\n    if x:\n", "        return (x)"),
+    ],
+)
+def test_a_prompt_has_the_tokens_that_it_has_before_its_answer(pair, prompt, answer):
+    whole = pair.tokenizer.encode(prompt + answer)
+    assert whole == pair.tokenizer.encode(prompt) + pair.tokenizer.encode(answer)
+
+
 def test_the_report_holds_what_was_measured(pair, exported):
     folder, scores = exported
     card = (folder / "MODEL_CARD.md").read_text()
@@ -314,6 +343,7 @@ def test_the_library_becomes_documents(tmp_path):
     assert texts["math_chat"] == ["<|user|>\n1 + 1?\n<|assistant|>\n2\n#### 2"]
     assert texts["source"] == [LIBRARY.strip()]
     assert "What does boats.Boat do?\nA boat." in texts["instruction"]
+    assert "List 2 methods of boats.Boat.\n1. load\n2. sink" in texts["instruction"]
     (completion,) = texts["completion"]
     assert completion.startswith(
         'Complete the code I provided.\n\ndef load(self, crates, weight=1):\n    """Put crates'
@@ -336,6 +366,17 @@ def test_a_modules_documents_are_on_one_side(tmp_path):
                 sides[index].add(document.held_out)
     assert all(len(side) == 1 for side in sides.values())
     assert 5 < sum(True in side for side in sides.values()) < 35
+
+
+def test_no_training_text_tells_a_held_out_question(tmp_path):
+    questions = [f"Ann has {n} pears and finds {n} more in a basket. How many has she?" for n in range(100, 200)]
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text("".join(json.dumps({"question": text, "answer": "None."}) + "\n" for text in questions))
+    documents = corpus.read_documents(path, tmp_path, 0.3)
+    held_out = [text for text in questions if any(text in x.text for x in documents if x.held_out)]
+    assert 5 < len(held_out) < 60
+    assert any(document.kind == "summary" for document in documents if document.held_out)
+    assert not [text for text in held_out if any(text in x.text for x in documents if not x.held_out)]
 
 
 def test_configs_are_checked():

@@ -14,8 +14,8 @@ from streamserve.types import LaneStats
 
 
 def _stats(lane: int, **fields) -> LaneStats:
-    numbers = {"free_slots": 1, "num_slots": 4, "running": 3, "in_transit": 0, "queued_prefill_tokens": 0}
-    return LaneStats(lane=lane, **{**numbers, "accepted_per_step": 1.5, **fields})
+    numbers = {"free_slots": 1, "num_slots": 4, "free_pages": 9, "running": 3, "in_transit": 0}
+    return LaneStats(lane=lane, **{**numbers, "queued_prefill_tokens": 0, "accepted_per_step": 1.5, **fields})
 
 
 def _flowguard(name: str, lanes: int) -> FlowGuard:
@@ -77,5 +77,5 @@ class FlowGuardTest(parameterized.TestCase):
     def test_the_context_has_a_column_for_every_signal(self):
         context = signals.context([_stats(0, running=2), _stats(1, queued_prefill_tokens=70)], [False, True])
         self.assertEqual(context.shape, (2, len(signals.SIGNALS)))
-        self.assertEqual(context[0].tolist(), [0, 1, 2, 0, 0, 1.5])
-        self.assertEqual(context[1].tolist(), [1, 1, 3, 0, 70, 1.5])
+        self.assertEqual(context[0].tolist(), [0, 1, 9, 2, 0, 0, 1.5])
+        self.assertEqual(context[1].tolist(), [1, 1, 9, 3, 0, 70, 1.5])

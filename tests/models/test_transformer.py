@@ -32,7 +32,7 @@ _states = jax.jit(hidden_states, static_argnums=0)
 
 
 def _prefill(model, tokens=TOKENS, capacity=LENGTH):
-    empty = cache.zeros(model.kv_shape, len(tokens), capacity)
+    empty = cache.rows(model.kv_shape, len(tokens), capacity, page_size=8)
     start_B = jnp.zeros((len(tokens),), jnp.int32)
     return _jitted(model.fns.forward)(model.params, jnp.asarray(tokens), empty, start_B)
 
@@ -59,7 +59,7 @@ def test_every_layer_equals_transformers(family, form, checkpoint, make_mesh, tm
         tiny_models.rewrite_in_older_form(folder)
     model = _load(folder, make_mesh(1))
     wanted, wanted_logits = _transformers_states(hf_model)
-    empty = cache.zeros(model.kv_shape, 2, LENGTH)
+    empty = cache.rows(model.kv_shape, 2, LENGTH, page_size=8)
     states = _states(model.config, model.params, jnp.asarray(TOKENS), empty, jnp.zeros((2,), jnp.int32))
     assert len(states) == len(wanted) == model.config.num_layers + 2
     for index, (state, want) in enumerate(zip(states, wanted, strict=True)):
@@ -74,7 +74,7 @@ def test_stepping_and_chunks_equal_one_prefill(family, checkpoint, make_mesh):
     model = _load(checkpoint(family)[0], make_mesh(1))
     whole, _ = _prefill(model)
     for chunks in ([1] * LENGTH, [8, 1, 1, 1, 1, 8]):
-        kv, parts, start = cache.zeros(model.kv_shape, 2, LENGTH + 9), [], 0
+        kv, parts, start = cache.rows(model.kv_shape, 2, LENGTH + 9, page_size=8), [], 0
         for size in chunks:
             tokens = jnp.asarray(TOKENS[:, start : start + size])
             hidden, kv = _jitted(model.fns.forward)(model.params, tokens, kv, jnp.full((2,), start, jnp.int32))
@@ -100,7 +100,7 @@ def test_two_devices_equal_one(family, checkpoint, make_mesh):
     one, two = (_load(folder, make_mesh(size)) for size in (1, 2))
     (want, want_kv), (hidden, kv) = _prefill(one), _prefill(two)
     np.testing.assert_allclose(hidden, want, atol=TOLERANCE)
-    np.testing.assert_allclose(kv.layers[-1].v, want_kv.layers[-1].v, atol=TOLERANCE)
+    np.testing.assert_allclose(kv.pool.layers[-1].v, want_kv.pool.layers[-1].v, atol=TOLERANCE)
     attention, mlp = (two.params["layers"][0][name] for name in ("attention", "mlp"))
     for kernel in (attention["qkv_kernel"], attention["out_kernel"], mlp["gate_up_kernel"], mlp["down_kernel"]):
         assert kernel.addressable_shards[0].data.size * 2 == kernel.size
@@ -112,7 +112,7 @@ def test_gradients_reach_every_parameter(family, checkpoint, make_mesh):
 
     def loss(params):
         hidden, _ = model.fns.forward(
-            params, jnp.asarray(TOKENS), cache.zeros(model.kv_shape, 2, LENGTH), jnp.zeros((2,), jnp.int32)
+            params, jnp.asarray(TOKENS), cache.rows(model.kv_shape, 2, LENGTH, page_size=8), jnp.zeros((2,), jnp.int32)
         )
         logp = jax.nn.log_softmax(model.fns.logits(params, hidden[:, :-1]))
         return -jnp.take_along_axis(logp, jnp.asarray(TOKENS)[:, 1:, None], axis=-1).mean()
@@ -127,7 +127,7 @@ def test_bfloat16_in_memory_stays_near_float32_and_gives_float32_logits(checkpoi
     exact, rough = (_load(folder, make_mesh(1), dtype) for dtype in (jnp.float32, jnp.bfloat16))
     assert rough.kv_shape.dtype == jnp.bfloat16
     (want, _), (hidden, kv) = _prefill(exact), _prefill(rough)
-    assert hidden.dtype == kv.layers[0].k.dtype == jnp.bfloat16
+    assert hidden.dtype == kv.pool.layers[0].k.dtype == jnp.bfloat16
     logits = rough.fns.logits(rough.params, hidden)
     assert logits.dtype == jnp.float32
     error = np.abs(logits - exact.fns.logits(exact.params, want)).mean()

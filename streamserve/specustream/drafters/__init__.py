@@ -1,4 +1,4 @@
-"""Drafters: one file each, one line in `DRAFTERS` of `streamserve.llm`."""
+"""Drafters: one file each, its case in `_make_drafter` of `streamserve.llm`."""
 
 from streamserve.specustream.drafters.base import Drafter, DraftRows
 from streamserve.specustream.drafters.draft_model import draft_model

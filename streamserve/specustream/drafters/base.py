@@ -23,14 +23,16 @@ class DraftRows:
 class Drafter(NamedTuple):
     """A strategy of drafting. Rollback is a change of the rows' length, which the decode state holds; never a copy.
 
+    What a drafter keeps between rounds is paged like the target's cache, under the same page numbers: it is handed
+    over, shared between prompts and dropped together with it.
+
     Attributes:
-      empty: `(batch, capacity) -> state`, for `batch` rows of `capacity` tokens.
-      prefill: `(params, tokens_1S) -> prefix`, on the prefill mesh.
-      insert: `(state, prefix, slot) -> state`, on the decode mesh.
-      propose: `(params, state, rows, key_B, *, depth) -> (Draft, state)`; `depth` is static and at least 1.
+      pool: `(num_pages, page_size) -> pool`, its empty pages; `()` where it keeps nothing.
+      prefill: `(params, pool, tokens_XP, table_XM, start_X) -> pool`, reads tiles of prompts.
+      propose: `(params, pool, table_BM, rows, *, depth) -> (Draft, pool)`; `depth` is static and at least 1. Random
+        numbers come from `sampling.draft_keys(rows.context)`. Where `sampling.all_greedy` holds, nobody reads `probs`.
     """
 
-    empty: Callable[[int, int], Any]
-    prefill: Callable[[Any, jax.Array], Any]
-    insert: Callable[[Any, Any, jax.Array], Any]
+    pool: Callable[[int, int], Any]
+    prefill: Callable[..., Any]
     propose: Callable[..., tuple[Draft, Any]]

@@ -11,13 +11,12 @@ from streamserve.types import Draft
 def none() -> Drafter:
     """Build a drafter for depth 0."""
 
-    def propose(params: Any, state: tuple, rows: DraftRows, key_B: jax.Array, *, depth: int) -> tuple[Draft, tuple]:
-        del params, state, rows, key_B
+    def propose(params: Any, pool: tuple, table_BM: jax.Array, rows: DraftRows, *, depth: int) -> tuple[Draft, tuple]:
+        del params, pool, table_BM, rows
         raise ValueError(f"nothing drafts, so the depth must be 0, got {depth=}")
 
     return Drafter(
-        empty=lambda batch, capacity: (),
-        prefill=lambda params, tokens_1S: (),
-        insert=lambda state, prefix, slot: (),
+        pool=lambda num_pages, page_size: (),
+        prefill=lambda params, pool, tokens_XP, table_XM, start_X: (),
         propose=propose,
     )

@@ -1,0 +1,393 @@
+"""The scheduler's book on one stream pair: which request is at which stage of it, and the moves between the stages.
+
+Each method does one stage's work without waiting for a device, but `collect`, which waits for a tick. What the lane
+owes to the outside comes back as lists of requests; nothing is called back.
+"""
+
+import collections
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from streamserve.lane_log import LaneLog
+from streamserve.lifecycle import State
+from streamserve.pair_protocol import Pair
+from streamserve.sequence import RunningRequest
+from streamserve.trace import Tracer
+from streamserve.types import Deferred, LaneStats
+
+HAND_OFFS_AHEAD = 2  # hand-offs under way beyond the free slots: they take pages that running requests may need
+TICKS_AHEAD = 2  # ticks dispatched and not read: one runs while the host works on the one before
+
+
+class Transit(NamedTuple):
+    """A hand-off under way."""
+
+    item: Any
+    begun_s: float
+    attempts: int
+
+
+class Tick(NamedTuple):
+    """A tick that was dispatched and not yet read, and who held which slot then."""
+
+    pending: Any
+    holders: dict[int, tuple[RunningRequest, int]]  # with the number of the insertion: a slot may change hands
+    begun_s: float
+
+
+class LaneCounters:
+    """What a lane has counted since it was made."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+        self.prefill_calls = 0
+        self.arrivals = 0  # requests that were sent to the decode mesh
+        self.kv_transfers = 0  # of them, those whose pages had to move
+        self.kv_transfer_pages = 0
+        self.kv_transfer_bytes = 0
+        self.transfer_retries = 0
+        self.preemptions = 0
+        self.resets = 0
+
+
+class Lane:
+    """One stream pair and the requests on it."""
+
+    def __init__(self, index: int, pair: Pair, *, tier: int, keeps_pages: bool, tracer: Tracer):
+        """Open an empty book.
+
+        Args:
+          index: of the lane.
+          pair: nobody else uses it.
+          tier: draft depth of every tick.
+          keeps_pages: a request that loses its slot keeps its pages in the host's memory.
+          tracer: is told what happened when.
+        """
+        self.index, self.pair, self.counters = index, pair, LaneCounters()
+        self._tier, self._keeps_pages, self._log = tier, keeps_pages, LaneLog(index, tracer)
+        self._requests: dict[str, RunningRequest] = {}  # all that are on the lane
+        self._tasks: dict[str, Any] = {}  # PREFILL
+        self._computable: list[str] = []  # of them, those with no tile left: they wait for their hand-off
+        # Calls under way, the requests whose prompts they complete, and when they began.
+        self._calls: collections.deque[tuple[Any, list[RunningRequest], float]] = collections.deque()
+        self._transit: dict[str, Transit] = {}  # TRANSFER
+        self._slots: dict[int, RunningRequest] = {}  # DECODE
+        self._insertions: dict[int, int] = {}  # of each slot's holder
+        self._num_insertions = 0
+        self._kept: dict[str, Any] = {}  # PREEMPTED
+        self._ticks: collections.deque[Tick] = collections.deque()
+        self._accepted_per_step = 0.0
+
+    # --- state
+
+    @property
+    def num_before_slot(self) -> int:
+        """Requests between admission and a slot."""
+        return len(self._tasks) + len(self._transit)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether requests hold slots or ticks are unread."""
+        return bool(self._slots or self._ticks)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._requests or self._ticks)
+
+    def stats(self) -> LaneStats:
+        """Take a snapshot for FlowGuard."""
+        return LaneStats(
+            lane=self.index,
+            free_slots=self.pair.free_slots,
+            num_slots=self.pair.num_slots,
+            free_pages=self.pair.free_pages,
+            running=len(self._slots),
+            in_transit=self.num_before_slot,
+            queued_prefill_tokens=self.pair.waiting_tiles * self.pair.sizes.page_size,
+            accepted_per_step=self._accepted_per_step,
+        )
+
+    # --- stages
+
+    def begin(self, running: RunningRequest) -> Deferred | None:
+        """Reserve the pages of a prompt.
+
+        Raises:
+          ValueError: it can never be served.
+        """
+        if self.pair.colocated and any(self._rank(request_id) < running.rank for request_id in self._kept):
+            return Deferred("a preempted request waits for pages of the same pool")
+        task = self.pair.begin(running.job())
+        if isinstance(task, Deferred):
+            return task
+        running.life.move(State.PREFILL)
+        running.lane = self.index
+        if not running.num_tokens:
+            running.cached_tokens = task.cached_tokens
+        self._requests[running.request_id] = running
+        self._tasks[running.request_id] = task
+        return None
+
+    def note_computed(self, now_s: float) -> None:
+        """See which prefill calls are done."""
+        while self._calls and self.pair.is_computed(self._calls[0][0]):
+            call, completed, begun_s = self._calls.popleft()
+            tokens = sum(count for _, count in call.parts) * self.pair.sizes.page_size
+            here = [running for running in completed if self._requests.get(running.request_id) is running]
+            self._log.called(tokens, len(call.parts), [running.request_id for running in here], begun_s, now_s)
+            for running in here:
+                running.stamps.prefilled(now_s)
+
+    def prefill(self, now_s: float, max_calls: int) -> bool:
+        """Dispatch a prefill call unless `max_calls` are under way; whether it did.
+
+        One at a time: what a hand-off does on the prefill mesh has to come before the next call there.
+        """
+        call = self.pair.prefill() if len(self._calls) < max_calls else None
+        if call is None:
+            return False
+        self.counters.prefill_calls += 1
+        for task, _ in call.parts:
+            running = self._requests[task.request_id]
+            if running.stamps.scheduled_s is None:
+                self._log.scheduled(running.request_id, running.stamps.arrival_s, now_s)
+            running.stamps.scheduled(now_s)
+        self._computable += [task.request_id for task in call.done]
+        self._calls.append((call, [self._requests[task.request_id] for task in call.done], now_s))
+        return True
+
+    def hand_off(self, now_s: float) -> None:
+        """Send computed prompts and kept pages on their way, as far as there are pages for them."""
+        room = self.pair.free_slots + HAND_OFFS_AHEAD
+        self._kept = {request_id: self.pair.bring_home(kept) for request_id, kept in self._kept.items()}
+        blocked = False
+        for request_id in sorted([*self._kept, *self._computable], key=self._rank):
+            if len(self._transit) >= room:
+                return
+            if request_id in self._kept:
+                blocked = blocked or not self._send(request_id, self.pair.resume, self._kept, now_s)
+            elif self.pair.colocated or not blocked:  # what is colocated has its pages, and must not wait behind others
+                if self._send(request_id, self.pair.hand_off, self._tasks, now_s):
+                    self._computable.remove(request_id)
+                else:
+                    blocked = True
+
+    def retry(self, now_s: float, timeout_s: float, max_attempts: int) -> list[RunningRequest]:
+        """Begin hand-offs again that have not arrived in time; gives the requests that ran out of attempts."""
+        lost = []
+        for request_id, transit in list(self._transit.items()):
+            if now_s - transit.begun_s < timeout_s or self.pair.has_arrived(transit.item):
+                continue
+            if not self.pair.is_prompt_computed(transit.item):  # it is not under way yet
+                self._transit[request_id] = transit._replace(begun_s=now_s)
+                continue
+            if transit.attempts >= max_attempts:
+                lost.append(self._requests[request_id])
+                continue
+            self.pair.abandon(transit.item)
+            task, kept = transit.item.task, transit.item.kept
+            item = self.pair.hand_off(task) if kept is None else self.pair.resume(kept)
+            assert not isinstance(item, Deferred), "the pages it asks for have just been freed"
+            self.counters.transfer_retries += 1
+            self._transit[request_id] = Transit(item, now_s, transit.attempts + 1)
+        return lost
+
+    def insert(self, now_s: float) -> None:
+        """Move what has arrived into free slots, without waiting for any."""
+        for request_id in sorted(self._transit, key=self._rank):
+            item, begun_s, _ = self._transit[request_id]
+            if not self.pair.has_arrived(item):
+                continue
+            running = self._requests[request_id]
+            if running.stamps.transferred_s is None:
+                running.stamps.prefilled(now_s)  # a call whose end was not seen has ended by now
+                running.stamps.transferred(now_s)
+                if item.transfer_pages:
+                    begun_s = max(begun_s, running.stamps.prefilled_s or 0.0)  # it was dispatched behind the last call
+                    self._log.arrived(running.request_id, item.transfer_pages, item.transfer_bytes, begun_s, now_s)
+            if not self.pair.free_slots:
+                continue
+            if running.request.params.prompt_logprobs is not None and running.prompt_logprobs is None:
+                running.set_prompt_logprobs(self.pair.read_prompt_logprobs(item))
+            slot = self.pair.insert(item)
+            del self._transit[request_id]
+            running.life.move(State.DECODE)
+            self._slots[slot] = running
+            self._num_insertions += 1
+            self._insertions[slot] = self._num_insertions
+
+    def make_room(self, now_s: float) -> Iterator[RunningRequest]:
+        """Let every slot have pages for the next tick, the most important request first.
+
+        Yields:
+          The requests that lost their slot or their way to one for it, and have left the lane.
+        """
+        if len(self._ticks) >= TICKS_AHEAD:
+            return  # other lanes are read first
+        a_tick = self.pair.tokens_per_tick(self._tier)
+        for slot, running in sorted(self._slots.items(), key=lambda held: held[1].rank):
+            if self._slots.get(slot) is not running:
+                continue  # a more important one has just taken its place
+            holder = (running, self._insertions[slot])
+            unread = sum(tick.holders.get(slot) == holder for tick in self._ticks)
+            # One more than the host knows: a first token is emitted before the first tick.
+            wanted = min(running.num_positions + 1 + (unread + 1) * a_tick, running.max_positions)
+            while self._slots.get(slot) is running and self.pair.ensure(slot, wanted) is not None:
+                yield from self._deprive(now_s)
+
+    def dispatch(self, now_s: float) -> None:
+        """Dispatch a tick if any slot is held, and not too many are unread."""
+        if self._slots and len(self._ticks) < TICKS_AHEAD:
+            holders = {slot: (running, self._insertions[slot]) for slot, running in self._slots.items()}
+            self._ticks.append(Tick(self.pair.step(self._tier), holders, now_s))
+            self.counters.ticks += 1
+
+    def collect(self, clock: Callable[[], float]) -> Iterator[RunningRequest]:
+        """Read ticks but for the last, or the last too when nothing runs behind it.
+
+        Yields:
+          The requests that have ended.
+        """
+        while len(self._ticks) > (1 if self._slots else 0):
+            tick = self._ticks[0]
+            output = self.pair.read(tick.pending)
+            self._ticks.popleft()
+            now_s = clock()
+            first, ended = [], {}
+            for slot, (running, insertion) in tick.holders.items():
+                if self._insertions.get(slot) != insertion:
+                    continue  # it left the slot in an earlier tick; this one ran before the host knew
+                known = running.num_tokens
+                if running.take(output, slot, now_s):
+                    ended[slot] = running
+                if running.num_tokens > known == 0:
+                    first.append(running.request_id)
+            self._log.ticked(len(tick.holders), self._tier, first, self.pair.free_pages, tick.begun_s, now_s)
+            ran = output.drafted > 0
+            if ran.any():  # an exponential average over about ten ticks
+                self._accepted_per_step += 0.1 * (float(output.accepted[ran].mean()) - self._accepted_per_step)
+            for running in ended.values():  # they are out before a slot is released: that may fail
+                if running.invalid:
+                    self.pair.forget(running.job())
+                del self._requests[running.request_id]
+                yield running
+            for slot in ended:
+                self._leave_slot(slot)
+
+    @property
+    def oldest_tick(self) -> Tick | None:
+        """The tick that is read next, if there is one."""
+        return self._ticks[0] if self._ticks else None
+
+    def has_output(self) -> bool:
+        """Whether the oldest tick is done, so that `collect` does not wait for it."""
+        return bool(self._ticks) and self.pair.is_done(self._ticks[0].pending)
+
+    def decoding_requests(self) -> list[RunningRequest]:
+        """List the requests that hold slots."""
+        return list(self._slots.values())
+
+    # --- ways out
+
+    def drop(self, running: RunningRequest) -> None:
+        """Take a request off the lane, wherever it is, and free what it holds."""
+        request_id = running.request_id
+        del self._requests[request_id]
+        if request_id in self._transit:
+            transit = self._transit.pop(request_id)
+            self.pair.abandon(transit.item)
+            if transit.item.task is not None:
+                self.pair.drop(transit.item.task)
+        elif request_id in self._tasks:
+            self.pair.drop(self._tasks.pop(request_id))
+            if request_id in self._computable:
+                self._computable.remove(request_id)
+        elif request_id in self._kept:
+            del self._kept[request_id]
+        else:
+            self._leave_slot(next(slot for slot, holder in self._slots.items() if holder is running))
+
+    def reset(self) -> tuple[list[RunningRequest], list[RunningRequest]]:
+        """Empty the lane after a fault.
+
+        Returns:
+          The requests that were decoding, whose state is lost, and the others, which can begin again.
+        """
+        begun = (State.PREFILL, State.TRANSFER)
+        kept = [self._requests[request_id] for request_id in self._kept]
+        others = [running for running in self._requests.values() if running.life.state in begun]
+        decoding = [running for running in self._requests.values() if running not in kept and running not in others]
+        self._tasks.clear()
+        self._computable.clear()
+        self._calls.clear()
+        self._transit.clear()
+        self._slots.clear()
+        self._insertions.clear()
+        self._ticks.clear()
+        self._requests = {running.request_id: running for running in kept}
+        self.counters.resets += 1
+        self.pair.reset()
+        return decoding, others
+
+    def abandon(self) -> None:
+        """Drop everything under way, whatever the loop was doing."""
+        if self.busy:
+            self.reset()
+        self._kept.clear()
+        self._requests.clear()
+
+    # --- parts of stages
+
+    def _rank(self, request_id: str) -> tuple[int, float]:
+        return self._requests[request_id].rank
+
+    def _send(self, request_id: str, begin: Callable[[Any], Any], waiting: dict[str, Any], now_s: float) -> bool:
+        """Start the way to the decode mesh; false while there are no pages for it."""
+        item = begin(waiting[request_id])
+        if isinstance(item, Deferred):
+            return False
+        del waiting[request_id]
+        running = self._requests[request_id]
+        running.life.move(State.TRANSFER)
+        running.stamps.handed_off(now_s)
+        running.transfer_pages += item.transfer_pages
+        running.transfer_bytes += item.transfer_bytes
+        self.counters.arrivals += 1
+        self.counters.kv_transfers += bool(item.transfer_pages)
+        self.counters.kv_transfer_pages += item.transfer_pages
+        self.counters.kv_transfer_bytes += item.transfer_bytes
+        self._transit[request_id] = Transit(item, now_s, 1)
+        return True
+
+    def _deprive(self, now_s: float) -> Iterator[RunningRequest]:
+        """Take its pages from the least important request that holds some for decoding; yields it if it leaves."""
+        holders = [self._requests[request_id] for request_id in self._transit]
+        holders += [self._requests[request_id] for request_id in self._tasks] if self.pair.colocated else []
+        victim = max([*holders, *self._slots.values()], key=lambda running: running.rank)
+        if victim in holders:
+            self.drop(victim)
+            victim.life.move(State.WAITING)
+            yield victim
+        else:
+            yield from self._preempt(next(slot for slot, held in self._slots.items() if held is victim), now_s)
+
+    def _preempt(self, slot: int, now_s: float) -> Iterator[RunningRequest]:
+        """Take a slot away; yields its request unless the lane keeps its pages."""
+        running = self._slots[slot]
+        self._log.preempted(running.request_id, now_s)
+        self.counters.preemptions += 1
+        running.num_preemptions += 1
+        running.life.move(State.PREEMPTED)
+        job = running.job()
+        if self._keeps_pages and job.output:
+            self._kept[running.request_id] = self.pair.rescue(slot, job)
+            del self._slots[slot], self._insertions[slot]
+            return
+        self._leave_slot(slot)
+        del self._requests[running.request_id]
+        yield running
+
+    def _leave_slot(self, slot: int) -> None:
+        del self._slots[slot], self._insertions[slot]
+        self.pair.release(slot)
