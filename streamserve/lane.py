@@ -177,10 +177,10 @@ class Lane:
         """Begin hand-offs again that have not arrived in time; gives the requests that ran out of attempts."""
         lost = []
         for request_id, transit in list(self._transit.items()):
-            if now_s - transit.begun_s < timeout_s or self.pair.has_arrived(transit.item):
-                continue
             if not self.pair.is_prompt_computed(transit.item):  # it is not under way yet
                 self._transit[request_id] = transit._replace(begun_s=now_s)
+                continue
+            if now_s - transit.begun_s < timeout_s or self.pair.has_arrived(transit.item):
                 continue
             if transit.attempts >= max_attempts:
                 lost.append(self._requests[request_id])
