@@ -106,5 +106,10 @@ def kv_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, TENSOR_AXIS))
 
 
+def travel_sharding(mesh: Mesh) -> NamedSharding:
+    """Divide travelling pages [2L, n, G, P, D] by key/value heads."""
+    return NamedSharding(mesh, PartitionSpec(None, None, TENSOR_AXIS))
+
+
 def _mesh(devices: Sequence[Device]) -> Mesh:
     return Mesh(np.array(devices), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))

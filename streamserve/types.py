@@ -118,6 +118,13 @@ class TokenLogprobs:
 
 
 @flax.struct.dataclass
+class KVPages:
+    """Some pages of all layers of a pool in one array, as they travel."""
+
+    pages: jax.Array  # [2L, n, G, P, D]; keys and values of one layer after the other
+
+
+@flax.struct.dataclass
 class Prefix:
     """What decode needs to know of a request besides its pages. The leading dimension is 1."""
 

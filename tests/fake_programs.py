@@ -238,9 +238,11 @@ class FakePrograms:
         """Wait for arrays."""
         return jax.tree.map(lambda leaf: leaf.get(leaf.place), tree)
 
+    def pack(self, tree: Any) -> Any:
+        """Leave records as they are."""
+        return tree
+
     def _placed(self, tree: Any, place: str) -> Any:
-        if type(tree) is tuple:
-            return tuple(FakeArray(part, place) for part in tree)
         return FakeArray(tree, place, self._polls("prefix") if isinstance(tree, Prefix) else 0)
 
     # --- allocation
@@ -299,11 +301,11 @@ class FakePrograms:
             self._write_tiles(pool, placed.get(DECODE))
         return _placed_pools(pools, DECODE)
 
-    def first(self, params: Any, hidden: FakeArray, *placed: FakeArray) -> FakeArray:
+    def first(self, params: Any, hidden: FakeArray, placed: FakeArray) -> FakeArray:
         """Sample the token after a computed prompt."""
         assert params == self.prefill_params[0]
-        tile, length, prev, seen, row = (part.get(self._home) for part in placed)
-        digest = hidden.get(self._home)[int(tile)]
+        tile, length, prev, seen, row = placed.get(self._home)
+        digest = hidden.get(self._home)[int(tile[0])]
         token = 0 if digest is None else _predict(digest, _seed(row.key))
         tokens = np.array([token], np.int32)
         prefix = Prefix(

@@ -10,7 +10,7 @@ from absl.testing import parameterized
 from scipy import stats
 
 from streamserve.kv import cache
-from streamserve.pipeserve import CompilationCounter, CompilationError
+from streamserve.pipeserve import CompilationCounter, CompilationError, packing
 from streamserve.scheduler import Refused
 from streamserve.types import Job
 from tests import doubles
@@ -194,10 +194,11 @@ class PrefillEqualsSteppingTest(parameterized.TestCase):
         forward = jax.jit(doubles.TINY_FNS.forward)
         for position, token in enumerate(prompt):
             hidden, stepped = forward(TARGET, jnp.asarray([[token]]), stepped, jnp.asarray([position]))
-        got = _positions([group.pages.target for group in item.groups])[:, :, :length]
-        want = _positions([cache.take_pages(stepped.pool, stepped.table[0])])[:, :, :length]
+        got = _positions([group.pages.target.pages for group in item.groups])[:, :, :length]
+        want = _positions([cache.take_pages(stepped.pool, stepped.table[0]).pages])[:, :, :length]
         np.testing.assert_allclose(got, want, atol=1e-5)
-        self.assertEqual(int(item.prefix.last_token[0]), int(jnp.argmax(hidden[0, -1] @ TARGET["head"])))
+        prefix = packing.unpack(item.prefix, pair.programs.prefix_shape())
+        self.assertEqual(int(prefix.last_token[0]), int(jnp.argmax(hidden[0, -1] @ TARGET["head"])))
         pair.reset()
 
     def test_chunks_and_cached_prefixes_equal_the_whole(self):
@@ -243,11 +244,10 @@ def _handed_off(pair, request):
     return item
 
 
-def _positions(pools):
-    """Lay groups of pages out as [layers and k/v, G, positions, D]."""
-    leaves = zip(*(jax.tree.leaves(pool) for pool in pools), strict=True)
-    whole = [np.concatenate([np.asarray(leaf) for leaf in parts]) for parts in leaves]
-    return np.stack([np.swapaxes(leaf, 0, 1).reshape(leaf.shape[1], -1, leaf.shape[3]) for leaf in whole])
+def _positions(groups):
+    """Lay groups of travelling pages [2L, n, G, P, D] out as [2L, G, positions, D]."""
+    whole = np.swapaxes(np.concatenate([np.asarray(group) for group in groups], axis=1), 1, 2)
+    return whole.reshape(*whole.shape[:2], -1, whole.shape[-1])
 
 
 class CacheTest(parameterized.TestCase):
@@ -263,12 +263,13 @@ class CacheTest(parameterized.TestCase):
         page_bytes = 2 * 2 * 8 * 8 * 4  # keys and values of two heads, eight positions, eight floats
         self.assertGreaterEqual(item.transfer_bytes, 2 * 6 * page_bytes)
         home = cache.take_pages(source, np.asarray(item.task.holding.pages))
-        self.assertGreater(float(np.abs(np.asarray(home.target.layers[0].k)).min()), 0)
+        self.assertGreater(float(np.abs(np.asarray(home.target.pages[0])).min()), 0)
         pair.insert(item)
         there = cache.take_pages(pair.decode_store.pools, np.asarray(item.holding.pages[:6]))
         for got, want in zip(jax.tree.leaves(there), jax.tree.leaves(home), strict=True):
             np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
-        self.assertEqual([int(item.prefix.length[0]), int(item.prefix.prev_token[0])], [48, 11])
+        prefix = packing.unpack(item.prefix, pair.programs.prefix_shape())
+        self.assertEqual([int(prefix.length[0]), int(prefix.prev_token[0])], [48, 11])
         pair.reset()
 
     @parameterized.parameters((1, 2, "transfer"), (2, 1, "recompute"), (2, 2, "transfer"))

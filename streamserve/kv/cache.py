@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from streamserve.kv.pages import SCRATCH_PAGE
-from streamserve.types import KVCache, KVPool, KVShape, LayerKV
+from streamserve.types import KVCache, KVPages, KVPool, KVShape, LayerKV
 
 
 def zeros(shape: KVShape, num_pages: int, page_size: int) -> KVPool:
@@ -60,13 +60,28 @@ def append(layer: LayerKV, k_BTGD: jax.Array, v_BTGD: jax.Array, table_BM: jax.A
 
 
 def take_pages(pools: Any, page_n: jax.Array) -> Any:
-    """Copy pages out of a tree of pools: [N, ...] leaves become [n, ...]."""
-    return jax.tree.map(lambda pool: pool.at[page_n].get(mode="promise_in_bounds"), pools)
+    """Copy pages out of a tree of pools; each `KVPool` becomes a `KVPages`."""
+
+    def take(pool: KVPool) -> KVPages:
+        parts = [leaf.at[page_n].get(mode="promise_in_bounds") for leaf in jax.tree.leaves(pool)]
+        return KVPages(pages=jnp.stack(parts))
+
+    return jax.tree.map(take, pools, is_leaf=_is_pool)
 
 
 def put_pages(pools: Any, pages: Any, page_n: jax.Array) -> Any:
     """Copy pages into a tree of pools, at `page_n`; what is padding goes to the scratch page. DONATES pools."""
-    return jax.tree.map(lambda pool, new: pool.at[page_n].set(new, mode="promise_in_bounds"), pools, pages)
+
+    def put(pool: KVPool, new: KVPages) -> KVPool:
+        leaves, tree = jax.tree.flatten(pool)
+        written = [leaf.at[page_n].set(new.pages[i], mode="promise_in_bounds") for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(tree, written)
+
+    return jax.tree.map(put, pools, pages, is_leaf=_is_pool)
+
+
+def _is_pool(node: object) -> bool:
+    return isinstance(node, KVPool)
 
 
 def num_bytes(tree: object) -> int:

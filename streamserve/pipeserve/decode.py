@@ -1,13 +1,13 @@
-"""Operations on the decode state, and its way to the host: insert, release, narrowing, and the packing of an output."""
+"""Operations on the decode state, and its way to the host: insert, release, narrowing, and the layout of an output."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from streamserve.pipeserve import packing
 from streamserve.types import DecodeState, FinishCode, Prefix, RowContext, RowParams, StepOutput, TokenLogprobs
 
 
@@ -105,7 +105,7 @@ def widen(state: DecodeState, part: DecodeState) -> DecodeState:
 
 def pack(output: StepOutput) -> tuple[jax.Array, jax.Array]:
     """Lay a tick's output out in two int32 arrays [B, W], bits of floats included: tokens, and log-probabilities."""
-    return _packed(dataclasses.replace(output, logprobs=None)), _packed(output.logprobs)
+    return packing.pack(dataclasses.replace(output, logprobs=None)).words, packing.pack(output.logprobs).words
 
 
 def unpack(packed: np.ndarray, packed_logprobs: np.ndarray | None, shapes: StepOutput) -> StepOutput:
@@ -123,20 +123,5 @@ def unpack(packed: np.ndarray, packed_logprobs: np.ndarray | None, shapes: StepO
     return dataclasses.replace(output, logprobs=logprobs)
 
 
-def _packed(tree: Any) -> jax.Array:
-    flat = lambda leaf: leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:]))  # noqa: E731
-    return jnp.concatenate([flat(_as_int32(leaf)) for leaf in jax.tree.leaves(tree)], axis=1)
-
-
-def _unpacked(packed: np.ndarray, shapes: Any) -> Any:
-    leaves, cursor = [], 0
-    for shape in jax.tree.leaves(shapes):
-        width = int(np.prod(shape.shape[1:], dtype=np.int64))
-        part = np.ascontiguousarray(packed[:, cursor : cursor + width])
-        leaves.append(part.view(shape.dtype).reshape(shape.shape))
-        cursor += width
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-
-def _as_int32(leaf: Any) -> jax.Array:
-    return jax.lax.bitcast_convert_type(leaf, jnp.int32) if leaf.dtype == jnp.float32 else leaf.astype(jnp.int32)
+def _unpacked(words: np.ndarray, shapes: Any) -> Any:
+    return packing.unpack(packing.Packed(words, np.zeros((len(words), 0), bool)), shapes)

@@ -8,9 +8,10 @@ import numpy as np
 
 from streamserve.kv.pages import SCRATCH_PAGE, Owner, Stage
 from streamserve.pipeserve import decode
+from streamserve.pipeserve.packing import Packed
 from streamserve.pipeserve.programs import Programs
 from streamserve.pipeserve.store import Holding, PageStore
-from streamserve.types import Deferred, PrefillBatch, Prefix, Request, RowParams, StepOutput
+from streamserve.types import Deferred, PrefillBatch, Request, RowParams, StepOutput
 
 
 class PendingStep(NamedTuple):
@@ -107,7 +108,7 @@ class Decoder:
             tokens=tiles, next_tokens=tiles, table=table, start=start, tail=np.zeros_like(start), wants_logprobs=wants
         )
 
-    def insert(self, holder: Holder, prefix: Prefix) -> int:
+    def insert(self, holder: Holder, prefix: Packed) -> int:
         """Give a request whose pages are in the pools the lowest free slot.
 
         Raises:

@@ -12,10 +12,11 @@ import numpy as np
 
 from streamserve.kv.pages import Owner, Stage
 from streamserve.pipeserve.decoder import Decoder, Holder, PageGroup, PendingStep
+from streamserve.pipeserve.packing import Packed
 from streamserve.pipeserve.prefiller import PrefillCall, Prefiller, PrefillTask, resumed_prefix
 from streamserve.pipeserve.programs import Programs
 from streamserve.pipeserve.store import Holding, PageStore
-from streamserve.types import Deferred, Job, Prefix, RowParams, StepOutput, TokenLogprobs
+from streamserve.types import Deferred, Job, RowParams, StepOutput, TokenLogprobs
 
 
 class Kept(NamedTuple):
@@ -33,7 +34,7 @@ class InTransit(NamedTuple):
     job: Job
     task: PrefillTask | None  # keeps the source pages until arrival; None where they come from a rescue
     row: RowParams
-    prefix: Prefix  # on the decode mesh, or on its way there
+    prefix: Packed  # a `Prefix` on the decode mesh, or on its way there
     groups: tuple[PageGroup, ...]  # pages likewise
     holding: Holding  # their places on the decode mesh
     transfer_pages: int
@@ -169,7 +170,8 @@ class StreamPair:
         if isinstance(holding, Deferred):
             return holding
         try:
-            prefix = self.programs.to_decode(resumed_prefix(kept.job, kept.row, self.programs))
+            prefix = self.programs.pack(resumed_prefix(kept.job, kept.row, self.programs))
+            prefix = self.programs.to_decode(prefix)
             groups = tuple(group._replace(pages=self.programs.transfer(group.pages)[0]) for group in kept.groups)
         except RuntimeError as error:
             self.decode_store.drop(holding)

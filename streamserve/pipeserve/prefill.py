@@ -78,19 +78,19 @@ def make_first(target: ForwardFns, *, max_logprobs: int) -> Callable[..., Prefix
     """Build the sampling of the token after the prompt.
 
     Returns:
-      `(target_params, tail_hidden_YE, tile, length_1, prev_token_1, prompt_seen_1V, row) -> Prefix`.
+      `(target_params, tail_hidden_YE, tile_1, length_1, prev_token_1, prompt_seen_1V, row) -> Prefix`.
     """
 
     def first(
         target_params: Any,
         tail_hidden_YE: jax.Array,
-        tile: jax.Array,
+        tile_1: jax.Array,
         length_1: jax.Array,
         prev_token_1: jax.Array,
         prompt_seen_1V: jax.Array,
         row: RowParams,
     ) -> Prefix:
-        tail_11E = jax.lax.dynamic_slice_in_dim(tail_hidden_YE, tile, 1)[None]
+        tail_11E = jax.lax.dynamic_slice_in_dim(tail_hidden_YE, tile_1[0], 1)[None]
         logits_11V = target.logits(target_params, tail_11E)
         counts_1V = jnp.zeros(prompt_seen_1V.shape, jnp.int32)
         none = jnp.zeros(1, jnp.int32)

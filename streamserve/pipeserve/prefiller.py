@@ -14,6 +14,7 @@ import numpy as np
 
 from streamserve import sampling
 from streamserve.kv.pages import SCRATCH_PAGE, Owner, Stage
+from streamserve.pipeserve.packing import Packed
 from streamserve.pipeserve.programs import Programs
 from streamserve.pipeserve.store import Holding, PageStore
 from streamserve.types import Deferred, Job, PrefillBatch, Prefix, RowParams, TokenLogprobs
@@ -125,18 +126,19 @@ class Prefiller:
         self.tasks = [task for task in self.tasks if task.tail is None]
         return PrefillCall(tuple(counts.items()), done, output.tail_hidden)
 
-    def first(self, task: PrefillTask) -> Prefix:
+    def first(self, task: PrefillTask) -> Packed:
         """Sample the token after a computed prompt, on the prefill mesh."""
         assert task.tail is not None, f"{task.request_id} has tiles left"
         hidden, place = task.tail
         programs = self._programs
         length, prev_token = _int32(1, fill=len(task.tokens)), _int32(1, fill=task.tokens[-1])
-        inputs = (np.int32(place), length, prev_token, _seen(task.tokens, programs.vocab_size), task.row)
-        return programs.first(programs.prefill_params[0], hidden, *programs.to_prefill(inputs))
+        inputs = (_int32(1, fill=place), length, prev_token, _seen(task.tokens, programs.vocab_size), task.row)
+        return programs.first(programs.prefill_params[0], hidden, programs.to_prefill(programs.pack(inputs)))
 
-    def resumed(self, task: PrefillTask) -> Prefix:
+    def resumed(self, task: PrefillTask) -> Packed:
         """Describe where a preempted request goes on, on the decode mesh. Its prompt has been computed again."""
-        return self._programs.to_decode(resumed_prefix(task.job, task.row, self._programs))
+        prefix = resumed_prefix(task.job, task.row, self._programs)
+        return self._programs.to_decode(self._programs.pack(prefix))
 
     def read_prompt_logprobs(self, task: PrefillTask) -> TokenLogprobs:
         """Bring the log-probabilities of a prompt's tokens but the first to the host; [S - 1] in all."""

@@ -17,6 +17,7 @@ from streamserve.config import PipeServeConfig
 from streamserve.kv import cache
 from streamserve.mesh import PairMeshes, replicated
 from streamserve.pipeserve import decode
+from streamserve.pipeserve.packing import Packed, pack, unpack
 from streamserve.pipeserve.prefill import make_draft_prefill, make_first, make_prefill
 from streamserve.pipeserve.sizes import LaneSizes
 from streamserve.pipeserve.transfer import shardings, split_pages, transfer
@@ -81,11 +82,12 @@ class Programs:
       prefill: by tiles: `(target_params, draft_params, pools, batch) -> (pools, PrefillOutput)`.
       draft_prefill: by tiles, on the decode mesh: `(draft_params, pools, batch) -> pools`; empty unless the draft's
         pages are computed there anew.
-      first: `(target_params, tail_hidden, tile, length, prev_token, prompt_seen, row) -> Prefix`.
+      first: `(target_params, tail_hidden, packed inputs) -> packed Prefix`; the inputs are `(tile, length, prev_token,
+        prompt_seen, row)`.
       take: by pages, on the prefill mesh: `(pools, page_n) -> pages`.
       put: by pages, on the decode mesh: `(pools, pages, page_n) -> pools`.
       keep, restore: as `take` and `put`, from the decode mesh and back; empty unless preemption keeps pages.
-      insert: `(state, prefix, slot) -> state`.
+      insert: `(state, packed Prefix, slot) -> state`.
       release: `(state, slot) -> state`.
       step: by slots and depth: `(target_params, draft_params, pools, state, table) -> (pools, state, packed, packed
         log-probabilities)`.
@@ -132,6 +134,10 @@ class Programs:
         return self._models.decode_params
 
     # --- ways of arrays
+
+    def pack(self, tree: Any) -> Packed:
+        """Lay out host arrays as the programs take them."""
+        return pack(tree)
 
     def to_prefill(self, tree: Any) -> Any:
         """Copy host arrays to the prefill mesh."""
@@ -201,7 +207,7 @@ class Programs:
         return make
 
     def _empty_state(self) -> Callable[[], DecodeState]:
-        prefix = self._prefix_shape()
+        prefix = self.prefix_shape()
         return lambda: decode.empty_state(prefix, self.sizes.slots)
 
     def _decode_pools(self) -> Pools:
@@ -282,8 +288,14 @@ class Programs:
 
     def _compile_first(self) -> None:
         mesh = self._meshes.prefill
-        jitted = jax.jit(self._first_fn(), out_shardings=replicated(mesh))
-        arguments = on_mesh(self._first_inputs(), mesh)
+        hidden, inputs = self._first_inputs()
+        sample = self._first_fn()
+
+        def first(target_params: Any, hidden: jax.Array, packed: Packed) -> Packed:
+            return pack(sample(target_params, hidden, *unpack(packed, inputs)))
+
+        arguments = on_mesh((hidden, jax.eval_shape(pack, inputs)), mesh)
+        jitted = jax.jit(first, out_shardings=replicated(mesh))
         self.first = jitted.lower(self._models.prefill_params[0], *arguments).compile()
 
     def _compile_move(self, count: int, home_pools: Any, pools: Any) -> None:
@@ -323,10 +335,14 @@ class Programs:
     def _compile_state(self, state: Any) -> None:
         mesh = self._meshes.decode
         slot = on_mesh(jax.ShapeDtypeStruct((), jnp.int32), mesh)
-        prefix = on_mesh(self._prefix_shape(), mesh)
+        shapes = self.prefix_shape()
         where = shardings(state, mesh)
-        insert = jax.jit(decode.insert, donate_argnums=0, out_shardings=where)
-        self.insert = insert.lower(state, prefix, slot).compile()
+
+        def insert(state: DecodeState, packed: Packed, slot: jax.Array) -> DecodeState:
+            return decode.insert(state, unpack(packed, shapes), slot)
+
+        jitted = jax.jit(insert, donate_argnums=0, out_shardings=where)
+        self.insert = jitted.lower(state, on_mesh(jax.eval_shape(pack, shapes), mesh), slot).compile()
         release = jax.jit(decode.release, donate_argnums=0, out_shardings=where)
         self.release = release.lower(state, slot).compile()
 
@@ -348,20 +364,21 @@ class Programs:
     def _first_fn(self) -> Callable[..., Prefix]:
         return make_first(self._models.target, max_logprobs=self.config.max_logprobs)
 
-    def _first_inputs(self) -> tuple[Any, ...]:
-        """Shapes of what the first token is sampled from."""
+    def _first_inputs(self) -> tuple[Any, tuple[Any, ...]]:
+        """Shapes of what the first token is sampled from: hidden states, and what is packed."""
         prefill = make_prefill(
             self._models.target, None, largest=self.sizes.tiles[-1], max_logprobs=self.config.max_logprobs
         )
         pools = jax.eval_shape(self._pools(self.sizes.prefill_pages, drafts=False))
         batch = self._batch_shape(self.sizes.tiles[0])
         hidden = jax.eval_shape(prefill, *self._models.prefill_params, pools, batch)[1].tail_hidden
-        whole = jax.ShapeDtypeStruct((1,), jnp.int32)
-        tile = jax.ShapeDtypeStruct((), jnp.int32)
-        return hidden, tile, whole, whole, jax.ShapeDtypeStruct((1, self.vocab_size), jnp.bool_), self._row
+        number = jax.ShapeDtypeStruct((1,), jnp.int32)
+        return hidden, (number, number, number, jax.ShapeDtypeStruct((1, self.vocab_size), jnp.bool_), self._row)
 
-    def _prefix_shape(self) -> Prefix:
-        return jax.eval_shape(self._first_fn(), self._models.prefill_params[0], *self._first_inputs())
+    def prefix_shape(self) -> Prefix:
+        """Shapes of what travels with pages."""
+        hidden, inputs = self._first_inputs()
+        return jax.eval_shape(self._first_fn(), self._models.prefill_params[0], hidden, *inputs)
 
 
 def on_mesh(shapes: Any, mesh: Mesh) -> Any:

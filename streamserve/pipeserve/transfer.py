@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from streamserve.kv.cache import num_bytes
-from streamserve.mesh import kv_sharding, replicated
-from streamserve.types import KVPool, Pools
+from streamserve.mesh import kv_sharding, replicated, travel_sharding
+from streamserve.types import KVPages, KVPool, Pools
+
+_HEADS = 2  # dimension of `KVPages` that is divided
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -19,13 +21,13 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
       tree: arrays or their shapes.
       mesh: of prefill or decode.
     """
-    is_pool = lambda node: isinstance(node, KVPool)  # noqa: E731
+    divided = {KVPool: kv_sharding, KVPages: travel_sharding}
 
     def place(node: Any) -> Any:
-        where = kv_sharding(mesh) if is_pool(node) else replicated(mesh)
+        where = divided.get(type(node), replicated)(mesh)
         return jax.tree.map(lambda _: where, node)
 
-    return jax.tree.map(place, tree, is_leaf=is_pool)
+    return jax.tree.map(place, tree, is_leaf=lambda node: type(node) in divided)
 
 
 class PageParts(NamedTuple):
@@ -36,7 +38,7 @@ class PageParts(NamedTuple):
 
 def split_pages(pages: Pools, num_parts: int) -> PageParts:
     """Divide pages by heads for `num_parts` devices; to be jitted on the mesh that has them."""
-    cut = lambda part: jax.tree.map(lambda leaf: jnp.split(leaf, num_parts, axis=1)[part], pages)  # noqa: E731
+    cut = lambda part: jax.tree.map(lambda leaf: jnp.split(leaf, num_parts, axis=_HEADS)[part], pages)  # noqa: E731
     return PageParts(tuple(cut(part) for part in range(num_parts)))
 
 
@@ -55,7 +57,7 @@ def transfer(tree: Any, mesh: Mesh) -> tuple[Any, int]:
       The tree on that mesh, and the bytes that change devices: 0 where they are there already.
     """
     if isinstance(tree, PageParts):
-        moved = jax.tree.map(lambda *parts: _assemble(parts, kv_sharding(mesh), mesh), *tree.parts)
+        moved = jax.tree.map(lambda *parts: _assemble(parts, travel_sharding(mesh), mesh), *tree.parts)
         return moved, num_bytes(tree)
     where = shardings(tree, mesh)
     first = next(iter(jax.tree.leaves(tree)))
@@ -73,5 +75,5 @@ def _assemble(parts: Sequence[jax.Array], sharding: NamedSharding, mesh: Mesh) -
     shards = [jax.device_put(part.addressable_shards[0].data, device) for part, device in placed]
     shape = list(shards[0].shape)
     if not sharding.is_fully_replicated:
-        shape[1] *= len(shards)
+        shape[_HEADS] *= len(shards)
     return jax.make_array_from_single_device_arrays(tuple(shape), sharding, shards)
