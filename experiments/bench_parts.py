@@ -98,6 +98,7 @@ def price(repeats: int) -> dict[str, Any]:
         model={"max_model_len": length + output},
         pipeserve={
             "max_num_seqs": 32, "decode_batches": (1, 8, 16), "max_prefills": 32, "rounds_per_tick": 8,
+            "transfer_buckets": (2, 4),
             "prefill_buckets": (128, 1024), "enable_prefix_caching": False,
         },
     )  # fmt: skip
