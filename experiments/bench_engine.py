@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     unknown = sorted(set(_SECTIONS.value) - set(SECTIONS))
     if unknown:
         common.stop(f"unknown section {unknown[0]!r}; known: {', '.join(SECTIONS)}")
-    jax.config.update("jax_num_cpu_devices", 2)  # of one pair: more would start more threads than a small machine has cores
+    jax.config.update("jax_num_cpu_devices", 2)  # of one pair; more would start more threads than there may be cores
     path = pathlib.Path(_OUTPUT.value)
     results = common.read_json(path) if path.exists() else {}
     command = ("python", "-m", "experiments.bench_engine", *sys.argv[1:])
