@@ -4,8 +4,8 @@ The loop over blocks ends at the longest row's last visible key, a number known 
 contexts does not pay for the cache's capacity. A block that is masked for a row leaves its running sums exactly as they
 are (its weights are exp(-1e30) = 0 and its rescaling is exp(0) = 1): rows do not see each other's lengths.
 
-A block is a gather of whole pages: their [G, P, D] lies in one piece, so that XLA copies it in long runs. Gathering the
-whole context at once costs twice as much, because the copy leaves the cores' caches before it is used.
+A block is a gather of whole pages, head by head: a head's [P, D] lies in one piece, so that XLA copies it in long runs.
+Gathering the whole context at once costs twice as much, because the copy leaves the cores' caches before it is used.
 """
 
 from typing import NamedTuple
@@ -20,8 +20,8 @@ from pallas_kernels.attention.reference import MASK_VALUE, SCRATCH_PAGE, visible
 # rows of 512: 1.12 times the step, 32 rows of 512: 1.6 times); fewer pay for the loop (64 a row: up to 1.1 times).
 BLOCK_KEYS = 2048
 MAX_ROW_KEYS = 512
-# A single row's pages are copied by a slice each, up to this number: 0.85 of the step with a gather. For two rows it
-# makes no difference, for eight it costs 1.04.
+# A single row's pages are copied by a slice each, up to this number: 0.85 to 0.9 of the step with a gather. For two
+# rows it makes no difference, for eight it costs 1.04.
 MAX_SLICES = 16
 
 
@@ -64,11 +64,15 @@ def attention(
         if batch == 1 and pages <= MAX_SLICES:
             parts = [jax.lax.dynamic_slice_in_dim(pool_NGPD, page_Bp[0, index], 1) for index in range(pages)]
             return jnp.concatenate(parts, axis=2)
-        part_BpGPD = pool_NGPD.at[page_Bp].get(mode="promise_in_bounds")
-        return part_BpGPD.swapaxes(1, 2).reshape(batch, kv_heads, block, head_dim)
+        head_G = jnp.arange(kv_heads, dtype=jnp.uint32)
+        piece_BGp = page_Bp.astype(jnp.uint32)[:, None] * kv_heads + head_G[None, :, None]
+        pieces = pool_NGPD.reshape(-1, page_size, head_dim).at[piece_BGp].get(mode="promise_in_bounds")
+        return pieces.reshape(batch, kv_heads, block, head_dim)
 
-    def attend(index: jax.Array, carry: _Carry) -> _Carry:
-        page_Bp = jax.lax.dynamic_slice_in_dim(table_BM, index * pages, pages, axis=1)
+    def pages_of(index: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(table_BM, index * pages, pages, axis=1)
+
+    def attend(index: jax.Array, page_Bp: jax.Array, carry: _Carry) -> _Carry:
         key_c = index * block + jnp.arange(block)
         k_BGcD, v_BGcD = fetch(k_NGPD, page_Bp), fetch(v_NGPD, page_Bp)
         there_Bc = jnp.repeat(page_Bp != SCRATCH_PAGE, page_size, axis=1)
@@ -92,8 +96,19 @@ def attention(
     num_blocks = jnp.minimum((jnp.max(last_B) + block) // block, table_BM.shape[1] // pages)
     rows = (batch, kv_heads, group * length)
     begin = _Carry(jnp.zeros((*rows, head_dim), jnp.float32), jnp.full(rows, MASK_VALUE), jnp.zeros(rows, jnp.float32))
-    # A table of one block needs no loop, which costs a tenth of a small model's step.
-    end = attend(jnp.int32(0), begin) if table_BM.shape[1] == pages else jax.lax.fori_loop(0, num_blocks, attend, begin)
+
+    def ahead(index: jax.Array, carry: tuple[jax.Array, _Carry]) -> tuple[jax.Array, _Carry]:
+        page_Bp, online = carry
+        return pages_of(index + 1), attend(index, page_Bp, online)
+
+    # A table of one block needs no loop, which costs a tenth of a small model's step. A row that is copied by slices has
+    # its page numbers fetched a block ahead: fetched where they are used, XLA looks them up again for every element.
+    if table_BM.shape[1] == pages:
+        end = attend(jnp.int32(0), table_BM, begin)
+    elif batch == 1:
+        _, end = jax.lax.fori_loop(0, num_blocks, ahead, (pages_of(jnp.int32(0)), begin))
+    else:
+        end = jax.lax.fori_loop(0, num_blocks, lambda index, carry: attend(index, pages_of(index), carry), begin)
     # The total is at least one where a key was seen: that of the largest score counts one.
     out_BGXD = end.out_BGXD / jnp.maximum(end.total_BGX, 1.0)[..., None]
     out_BTGMD = out_BGXD.reshape(batch, kv_heads, group, length, head_dim).transpose(0, 3, 1, 2, 4)
