@@ -101,8 +101,8 @@ def attention(
         page_Bp, online = carry
         return pages_of(index + 1), attend(index, page_Bp, online)
 
-    # A table of one block needs no loop, which costs a tenth of a small model's step. A row that is copied by slices has
-    # its page numbers fetched a block ahead: fetched where they are used, XLA looks them up again for every element.
+    # A table of one block needs no loop, which costs a tenth of a small model's step. A row that is copied by slices
+    # gets its page numbers a block ahead: where they are used at once, XLA looks them up again for every element.
     if table_BM.shape[1] == pages:
         end = attend(jnp.int32(0), table_BM, begin)
     elif batch == 1:
