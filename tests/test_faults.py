@@ -394,6 +394,27 @@ class PagesRunOutTest(FaultCase):
         self.assertLess(len(bench.ends), 8)
         self.assert_all_well(bench)
 
+    def test_of_those_who_wait_for_pages_the_less_important_do_not_overtake(self):
+        bench = self.bench({"preemption": "keep"})
+        bench.submit(self.request("a", 5, 34))
+        bench.until("a", State.DECODE)
+        bench.submit(self.request("b"))
+        bench.until("b", State.DECODE)
+        bench.step()  # both have emitted tokens, and so something to keep
+        store = bench.pairs[0].decode_store
+        taken = exhaust(store)
+        bench.until("b", State.PREEMPTED)
+        taken += exhaust(store)
+        bench.until("a", State.PREEMPTED)
+        taken += exhaust(store)
+        some, rest = taken[:7], taken[7:]
+        restock(store, some)  # enough for b, and too few for a
+        for _ in range(12):
+            bench.step()
+        self.assertEqual([bench.state(name) for name in "ab"], [State.PREEMPTED] * 2)
+        restock(store, rest)
+        self.assert_all_well(bench)
+
     @parameterized.product(ticks=(0, 2, 6), preemption=("recompute", "keep"))
     def test_a_tick_from_before_a_preemption_says_nothing_about_the_slot_after_it(self, ticks, preemption):
         # Lane 1 is always read first, so that ticks of lane 0 stay unread while its request comes back to its slot.
