@@ -449,3 +449,17 @@ class PagesRunOutTest(FaultCase):
         self.assertEqual(bench.state(important.request_id), State.DECODE)
         restock(bench.pairs[0].decode_store, taken)
         self.assert_all_well(bench)
+
+
+class SlowLaneTest(FaultCase):
+    def test_a_lane_whose_tick_is_done_does_not_wait_for_one_whose_tick_is_not(self):
+        self.real = False
+        programs = [FakePrograms(polls=lambda what: NEVER if what == "tick" else 0), FakePrograms()]
+        bench = Bench([FaultyPair(index, each) for index, each in enumerate(programs)])
+        bench.submit(self.request("a"), self.request("b"))
+        bench.until("a", State.DECODE)
+        running = bench.scheduler._known["a"]
+        self.assertEqual(running.lane, 0)
+        bench.until("b", State.FINISHED)
+        self.assertEqual(running.num_tokens, 0)
+        self.assert_all_well(bench)
