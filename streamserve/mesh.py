@@ -28,14 +28,11 @@ class PairMeshes(NamedTuple):
 
 
 def request_cpu_devices(topology: TopologyConfig) -> None:
-    """Ask JAX for enough host devices, in case the platform is the CPU: those of the meshes, and one for control.
-
-    One pair needs no control: there is nothing to route. XLA starts a thread for every device, even where cores are
-    fewer: a step of eight rows on two cores takes 1.35 times as long with three devices as with two.
+    """Ask JAX for enough host devices, in case the platform is the CPU.
 
     It only works before JAX has touched a device. Afterwards this does nothing, and `make_pairs` says what is missing.
     """
-    wanted = num_devices(topology) + (topology.num_pairs > 1)
+    wanted = num_host_devices(topology)
     asked = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
     if asked >= wanted:
         return
@@ -45,8 +42,18 @@ def request_cpu_devices(topology: TopologyConfig) -> None:
         return
 
 
+def num_host_devices(topology: TopologyConfig) -> int:
+    """Host devices that a topology takes on CPU: those of the meshes and, for several pairs, one for control.
+
+    One pair has nothing to route. More would cost: XLA starts a thread for every device, even where cores are fewer,
+    and a step of eight rows on two cores takes 1.35 times as long with three devices as with two. Two in any case, so
+    that a colocated pair does not keep one of two meshes from being built later.
+    """
+    return max(2, num_devices(topology) + (topology.num_pairs > 1))
+
+
 def control_device() -> Device:
-    """The host device that policies run on: the last one, which `make_pairs` leaves free if there is one to spare."""
+    """The host device that policies run on: the last one, which `make_pairs` leaves free if there are several pairs."""
     return jax.local_devices(backend="cpu")[-1]
 
 

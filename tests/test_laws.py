@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -271,6 +272,16 @@ class CacheTest(parameterized.TestCase):
         prefix = packing.unpack(item.prefix, pair.programs.prefix_shape())
         self.assertEqual([int(prefix.length[0]), int(prefix.prev_token[0])], [48, 11])
         pair.reset()
+
+    def test_no_program_collects_a_pool_that_is_divided(self):
+        programs = tiny_pairs(3, num_pairs=1, devices=2)[0].programs
+        for decode_side, table in ((True, programs.step), (False, programs.prefill)):
+            pool = rf"f32\[{programs.num_pages(decode_side=decode_side)},\d+,\d+,\d+\]"
+            for size, program in table.items():
+                text = program.as_text()
+                self.assertIn("num_partitions=2", text.splitlines()[0])
+                self.assertIsNotNone(re.search(rf"{pool}\S* parameter", text), size)
+                self.assertIsNone(re.search(rf"{pool}\S* all-gather", text), size)
 
     @parameterized.parameters((1, 2, "transfer"), (2, 1, "recompute"), (2, 2, "transfer"))
     def test_meshes_of_different_size_hand_over_without_compiling(self, prefill, decode, draft_kv):

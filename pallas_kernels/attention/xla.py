@@ -4,8 +4,9 @@ The loop over blocks ends at the longest row's last visible key, a number known 
 contexts does not pay for the cache's capacity. A block that is masked for a row leaves its running sums exactly as they
 are (its weights are exp(-1e30) = 0 and its rescaling is exp(0) = 1): rows do not see each other's lengths.
 
-A block is a gather of whole pages, head by head: a head's [P, D] lies in one piece, so that XLA copies it in long runs.
-Gathering the whole context at once costs twice as much, because the copy leaves the cores' caches before it is used.
+A block is a copy of whole pages, for a single row by slices and else by a gather: their [G, P, D] lies in one piece, so
+that XLA copies it in long runs. Copying the whole context at once costs twice as much, because the copy leaves the
+cores' caches before it is used.
 """
 
 from typing import NamedTuple
@@ -20,8 +21,8 @@ from pallas_kernels.attention.reference import MASK_VALUE, SCRATCH_PAGE, visible
 # rows of 512: 1.12 times the step, 32 rows of 512: 1.6 times); fewer pay for the loop (64 a row: up to 1.1 times).
 BLOCK_KEYS = 2048
 MAX_ROW_KEYS = 512
-# A single row's pages are copied by a slice each, up to this number: 0.85 to 0.9 of the step with a gather. For two
-# rows it makes no difference, for eight it costs 1.04.
+# A single row's pages are copied by a slice each, up to this number: on CPU 0.85 to 0.9 of the step with a gather. For
+# two rows it makes no difference, for eight it costs 1.04.
 MAX_SLICES = 16
 
 
@@ -53,7 +54,7 @@ def attention(
     kv_heads, page_size = k_NGPD.shape[1:3]
     group = heads // kv_heads
     pages = min(pages_per_block(batch, page_size), table_BM.shape[1])
-    block = pages * page_size
+    block, by_slices = pages * page_size, batch == 1 and pages <= MAX_SLICES
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % pages)))
     q_BTGMD = (scale * q_BTHD.astype(jnp.float32)).reshape(batch, length, kv_heads, group, head_dim)
     q_BGXD = q_BTGMD.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * length, head_dim).astype(k_NGPD.dtype)
@@ -61,13 +62,12 @@ def attention(
     last_B = start_B + length - 1
 
     def fetch(pool_NGPD: jax.Array, page_Bp: jax.Array) -> jax.Array:
-        if batch == 1 and pages <= MAX_SLICES:
+        if by_slices:
             parts = [jax.lax.dynamic_slice_in_dim(pool_NGPD, page_Bp[0, index], 1) for index in range(pages)]
             return jnp.concatenate(parts, axis=2)
-        head_G = jnp.arange(kv_heads, dtype=jnp.uint32)
-        piece_BGp = page_Bp.astype(jnp.uint32)[:, None] * kv_heads + head_G[None, :, None]
-        pieces = pool_NGPD.reshape(-1, page_size, head_dim).at[piece_BGp].get(mode="promise_in_bounds")
-        return pieces.reshape(batch, kv_heads, block, head_dim)
+        # Heads keep a dimension of their own: they may be divided among devices, and the pool must not be collected.
+        part_BpGPD = pool_NGPD.at[page_Bp].get(mode="promise_in_bounds")
+        return part_BpGPD.swapaxes(1, 2).reshape(batch, kv_heads, block, head_dim)
 
     def pages_of(index: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(table_BM, index * pages, pages, axis=1)
@@ -105,7 +105,7 @@ def attention(
     # gets its page numbers a block ahead: where they are used at once, XLA looks them up again for every element.
     if table_BM.shape[1] == pages:
         end = attend(jnp.int32(0), table_BM, begin)
-    elif batch == 1:
+    elif by_slices:
         _, end = jax.lax.fori_loop(0, num_blocks, ahead, (pages_of(jnp.int32(0)), begin))
     else:
         end = jax.lax.fori_loop(0, num_blocks, lambda index, carry: attend(index, pages_of(index), carry), begin)

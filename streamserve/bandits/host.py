@@ -12,8 +12,8 @@ from streamserve.bandits.base import Decision, Policy
 class HostPolicy:
     """A policy between two decisions.
 
-    The device must not be one that runs models: a CPU device works off its programs one after the other, so a choice
-    of 0.25 ms would wait for a whole prefill.
+    A device that is asked for decisions must not be one that runs models: a CPU device works off its programs one after
+    the other, so a choice of 0.25 ms would wait for a whole prefill.
     """
 
     def __init__(self, policy: Policy, *, context_shape: tuple[int, ...], seed: int, device: Any):

@@ -17,7 +17,7 @@ class FlowGuard:
           make_policy: `num_lanes -> Policy` over the context of `signals.context`.
           num_lanes: stream pairs, one arm each.
           seed: of the policy.
-          device: host device that no model runs on.
+          device: host device that no model runs on; any for a single lane, where the policy is never asked.
         """
         shape = (num_lanes, len(signals.SIGNALS))
         self._policy = HostPolicy(make_policy(num_lanes), context_shape=shape, seed=seed, device=device)

@@ -60,7 +60,7 @@ def append(layer: LayerKV, k_BTGD: jax.Array, v_BTGD: jax.Array, table_BM: jax.A
 
 
 def take_pages(pools: Any, page_n: jax.Array) -> Any:
-    """Copy pages out of a tree of pools; each `KVPool` becomes a `KVPages`."""
+    """Copy pages out of a tree of pools: the [N, G, P, D] leaves of each `KVPool` become one [2L, n, G, P, D]."""
 
     def take(pool: KVPool) -> KVPages:
         parts = [leaf.at[page_n].get(mode="promise_in_bounds") for leaf in jax.tree.leaves(pool)]
@@ -70,7 +70,7 @@ def take_pages(pools: Any, page_n: jax.Array) -> Any:
 
 
 def put_pages(pools: Any, pages: Any, page_n: jax.Array) -> Any:
-    """Copy pages into a tree of pools, at `page_n`; what is padding goes to the scratch page. DONATES pools."""
+    """Copy what `take_pages` gave into a tree of pools at `page_n`; padding goes to the scratch page. DONATES pools."""
 
     def put(pool: KVPool, new: KVPages) -> KVPool:
         leaves, tree = jax.tree.flatten(pool)

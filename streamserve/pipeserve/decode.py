@@ -105,7 +105,9 @@ def widen(state: DecodeState, part: DecodeState) -> DecodeState:
 
 def pack(output: StepOutput) -> tuple[jax.Array, jax.Array]:
     """Lay a tick's output out in two int32 arrays [B, W], bits of floats included: tokens, and log-probabilities."""
-    return packing.pack(dataclasses.replace(output, logprobs=None)).words, packing.pack(output.logprobs).words
+    tokens, logprobs = packing.pack(dataclasses.replace(output, logprobs=None)), packing.pack(output.logprobs)
+    assert tokens.flags.shape[1] == logprobs.flags.shape[1] == 0, "a tick's output has no room for booleans"
+    return tokens.words, logprobs.words
 
 
 def unpack(packed: np.ndarray, packed_logprobs: np.ndarray | None, shapes: StepOutput) -> StepOutput:

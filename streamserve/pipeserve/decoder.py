@@ -24,7 +24,7 @@ class PendingStep(NamedTuple):
 class PageGroup(NamedTuple):
     """Pages on their way between meshes, as many as one program carries."""
 
-    pages: Any  # [size, ...] leaves
+    pages: Any  # `KVPages` [2L, size, ...], or `PageParts` of them
     first: int  # place of the first of them in its holding
     size: int
 

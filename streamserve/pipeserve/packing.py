@@ -23,6 +23,7 @@ def pack(tree: Any) -> Packed:
     """
     leaves = jax.tree.leaves(tree)
     on_host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    assert on_host or not any(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves), "numpy and JAX are mixed"
     xp: Any = np if on_host else jnp
     flat = [leaf.reshape(leaf.shape[0], math.prod(leaf.shape[1:])) for leaf in leaves]
     batch = leaves[0].shape[0]

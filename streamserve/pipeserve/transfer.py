@@ -70,7 +70,7 @@ def transfer(tree: Any, mesh: Mesh) -> tuple[Any, int]:
 
 
 def _assemble(parts: Sequence[jax.Array], sharding: NamedSharding, mesh: Mesh) -> jax.Array:
-    """Copy the i-th part to the i-th device, and see them as one array: divided by heads, or whole on each device."""
+    """Copy the i-th part to the i-th device, and see them as one array: pages divided by heads, or whole on each."""
     placed = zip(parts, mesh.devices.flat, strict=True)
     shards = [jax.device_put(part.addressable_shards[0].data, device) for part, device in placed]
     shape = list(shards[0].shape)
