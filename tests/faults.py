@@ -277,6 +277,7 @@ def audit(scheduler: StreamScheduler) -> None:
         for slot, running in lane._slots.items():
             holder = lane.pair._decoder._holders[slot]
             assert holder.request is running.request
+            assert holder.holding.owner == Owner(Stage.SLOT, running.request_id)
             # A draft reads the last token of a prompt anew, and so writes to its page: nobody else may read that one.
             last = holder.holding.pages[(len(running.request.prompt_token_ids) - 1) // lane.pair.sizes.page_size]
             assert running.num_preemptions or last not in holder.holding.shared, "a page that is read is written to"
