@@ -194,10 +194,10 @@ class HandOffTest(FaultCase):
                 bench.faults.plan.append(Fault("transfer", Kind.LATE, request_id="b"))
                 while len(bench.faults.struck) == attempt:
                     bench.step()
-                    bench.clock.sleep(0.2)
+                    bench.sleep(0.2)
                 self.assertEqual(bench.state("b"), State.TRANSFER)
             for _ in range(20):
-                bench.clock.sleep(0.5)
+                bench.sleep(0.5)
                 bench.step()
             self.assert_all_well(bench, but=but, saying=r"did not arrive on the decode mesh in 3 attempts of 2.0 s")
 
@@ -214,7 +214,7 @@ class HandOffTest(FaultCase):
         bench.until("a", State.PREEMPTED)
         restock(bench.pairs[0].decode_store, taken)
         bench.until("a", State.TRANSFER)
-        bench.clock.sleep(3.0)
+        bench.sleep(3.0)
         self.assert_all_well(bench)
         self.assertEqual(bench.scheduler.counters().transfer_retries, 1)
 
@@ -224,7 +224,7 @@ class HandOffTest(FaultCase):
         bench = self.bench(layout, config={"transfer_timeout_s": 1.0}, polls=polls)
         bench.submit(self.request("a"), self.request("b", 13))
         for _ in range(60):
-            bench.clock.sleep(0.2)
+            bench.sleep(0.2)
             bench.step()
         self.assert_all_well(bench)
         self.assertEqual(bench.scheduler.counters().transfer_retries, 0)
@@ -235,7 +235,7 @@ class HandOffTest(FaultCase):
         bench.submit(*(self.request(name, 7) for name in "abcdef"))
         for _ in range(6):
             bench.step()
-            bench.clock.sleep(1000.0)
+            bench.sleep(1000.0)
         self.assert_all_well(bench)
         self.assertEqual(bench.scheduler.counters().transfer_retries, 0)
 
@@ -318,7 +318,7 @@ class EveryStateTest(FaultCase):
         if real and layout not in REAL:
             return
         bench = self.brought(layout, state, real, timeout_s=5.0)
-        bench.clock.sleep(6.0)
+        bench.sleep(6.0)
         bench.step()
         self.assertEqual(bench.state("x"), State.TIMED_OUT)
         self.assert_nothing_of_it(bench)
