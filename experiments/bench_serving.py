@@ -59,14 +59,14 @@ class _TickWatch:
         """Seconds from the first dispatch to the last read."""
         return self._last_s - self._begin_s
 
-    def step(self, tier: int) -> Any:
+    def step(self, tier: int, plan: Any) -> Any:
         """Dispatch, and see whether the device had run dry."""
         now_s = time.perf_counter()
         if not self._begin_s:
             self._begin_s = now_s
         elif self._ahead is None or self._pair.programs.is_ready(self._ahead.packed):
             self.gap_s += now_s - self._last_s
-        self._ahead = self._step(tier)
+        self._ahead = self._step(tier, plan)
         return self._ahead
 
     def read(self, pending: Any) -> Any:

@@ -121,7 +121,7 @@ def _run(options: Options, make_engine: MakeEngine) -> int:
         reader = _reader(defaults, engine.tokenizer)
         style = answers.AnswerFormat(
             model_name=config.model.model,
-            num_spec_tokens=config.speculation.depth,
+            num_spec_tokens=max(config.speculation.depths),
             created_s=int(time.time()),
         )
         with _Recorder(options, style) as recorder:

@@ -144,28 +144,66 @@ class PipeServeConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationConfig:
-    """SpecuStream: who drafts, how deep, who verifies.
+    """SpecuStream: who drafts, who decides how deep, who verifies. Names are those of `streamserve.parts`.
 
     Attributes:
-      method: "draft_model", or "none" for plain decoding.
+      method: the drafter: "draft_model", "ngram", "suffix", "none" for plain decoding, "synthetic" for a draft model
+        whose acceptance is drawn at random, or a factory of yours as "package.module:factory".
       model: folder of the draft model, or `bundled:draft`.
-      num_speculative_tokens: draft depth K, 0 to 8 tokens a round.
+      policy: who chooses the depth: "fixed", "specustream" or another name of `streamserve.parts.POLICIES`, or a
+        factory of yours.
+      verifier: which rule accepts: "rejection", "block", "coupled", or a factory of yours.
+      num_speculative_tokens: depth K of the policy "fixed", 0 to 8 tokens a round.
+      max_depth: most tokens a round that another policy may draft, 1 to 8; None for `num_speculative_tokens`.
+      tiers: depths that programs are compiled for, ascending; () for 0, 1, 2, 4, 6, 8 up to the largest, or for the
+        one depth of "fixed".
+      acceptance: what "synthetic" draws from, as `specustream.synthetic.parse` reads it: "iid:0.7" and others.
+      audit: decode every greedy answer again without speculation, and report where it differs.
     """
 
     method: str = "none"
     model: str | None = None
+    policy: str = "fixed"
+    verifier: str = "rejection"
     num_speculative_tokens: int = 4
+    max_depth: int | None = None
+    tiers: tuple[int, ...] = ()
+    acceptance: str | None = None
+    audit: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("speculation.method", self.method, ("draft_model", "none"))
-        if self.method == "draft_model" and self.model is None:
-            raise ValueError("speculation.method='draft_model' needs speculation.model, a folder or 'bundled:draft'")
+        object.__setattr__(self, "tiers", tuple(self.tiers))
+        if self.method in ("draft_model", "synthetic") and self.model is None:
+            raise ValueError(f"speculation.method={self.method!r} needs speculation.model, a folder or 'bundled:draft'")
+        if (self.method == "synthetic") != (self.acceptance is not None):
+            raise ValueError("speculation.acceptance and speculation.method='synthetic' go together")
         _check_range("speculation.num_speculative_tokens", self.num_speculative_tokens, 0, MAX_DEPTH)
+        if self.max_depth is not None:
+            _check_range("speculation.max_depth", self.max_depth, 1, MAX_DEPTH)
+        if any(a >= b for a, b in itertools.pairwise(self.tiers)) or not set(self.tiers) <= set(range(MAX_DEPTH + 1)):
+            raise ValueError(f"speculation.tiers must ascend within [0, {MAX_DEPTH}], got {self.tiers}")
+        if self.policy == "fixed" and self.tiers and self.num_speculative_tokens not in self.tiers:
+            raise ValueError(
+                f"speculation.num_speculative_tokens={self.num_speculative_tokens} is not among {self.tiers=}"
+            )
+        if self.audit and self.method == "synthetic":
+            raise ValueError("there is nothing to audit where acceptance is synthetic: the output is not the target's")
 
     @property
-    def depth(self) -> int:
-        """Draft depth that is really used: 0 without a drafter."""
+    def fixed_depth(self) -> int:
+        """Depth of the policy "fixed": 0 without a drafter."""
         return 0 if self.method == "none" else self.num_speculative_tokens
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Depths that programs are compiled for: (0,) without a drafter."""
+        if self.method == "none":
+            return (0,)
+        largest = self.num_speculative_tokens if self.max_depth is None else self.max_depth
+        chosen = {depth for depth in (0, 1, 2, 4, 6, 8) if depth < largest} | {largest}
+        if self.policy == "fixed":
+            chosen = {self.num_speculative_tokens}
+        return tuple(sorted({*(self.tiers or chosen), *((0,) if self.audit else ())}))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,13 +211,10 @@ class RoutingConfig:
     """FlowGuard.
 
     Attributes:
-      policy: routing policy.
+      policy: a name of `streamserve.parts.ROUTERS`, or a factory of yours as "package.module:factory".
     """
 
     policy: str = "round_robin"
-
-    def __post_init__(self) -> None:
-        _check_choice("routing.policy", self.policy, ("round_robin",))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

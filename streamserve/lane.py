@@ -12,6 +12,7 @@ from streamserve.lane_log import LaneLog
 from streamserve.lifecycle import State
 from streamserve.pair_protocol import Pair
 from streamserve.sequence import RunningRequest
+from streamserve.specustream import LaneLoad, SpecuStream, Ticket
 from streamserve.trace import Tracer
 from streamserve.types import Deferred, LaneStats
 
@@ -31,6 +32,7 @@ class Tick(NamedTuple):
     """A tick that was dispatched and not yet read, and who held which slot then."""
 
     pending: Any
+    ticket: Ticket
     holders: dict[int, tuple[RunningRequest, int]]  # with the number of the insertion: a slot may change hands
     begun_s: float
 
@@ -53,18 +55,20 @@ class LaneCounters:
 class Lane:
     """One stream pair and the requests on it."""
 
-    def __init__(self, index: int, pair: Pair, *, tier: int, keeps_pages: bool, tracer: Tracer):
+    def __init__(self, index: int, pair: Pair, specustream: SpecuStream, *, keeps_pages: bool, tracer: Tracer):
         """Open an empty book.
 
         Args:
           index: of the lane.
           pair: nobody else uses it.
-          tier: draft depth of every tick.
+          specustream: plans the ticks.
           keeps_pages: a request that loses its slot keeps its pages in the host's memory.
           tracer: is told what happened when.
         """
         self.index, self.pair, self.counters = index, pair, LaneCounters()
-        self._tier, self._keeps_pages, self._log = tier, keeps_pages, LaneLog(index, tracer)
+        self.specustream = specustream
+        self._deepest = pair.sizes.tiers[-1]
+        self._keeps_pages, self._log = keeps_pages, LaneLog(index, tracer)
         self._requests: dict[str, RunningRequest] = {}  # all that are on the lane
         self._tasks: dict[str, Any] = {}  # PREFILL
         self._computable: list[str] = []  # of them, those with no tile left: they wait for their hand-off
@@ -76,6 +80,7 @@ class Lane:
         self._num_insertions = 0
         self._kept: dict[str, Any] = {}  # PREEMPTED
         self._ticks: collections.deque[Tick] = collections.deque()
+        self._last_tick_s = 0.0  # when a tick was last seen to end
         self._accepted_per_step = 0.0
 
     # --- state
@@ -225,7 +230,7 @@ class Lane:
         """
         if len(self._ticks) >= TICKS_AHEAD:
             return  # other lanes are read first
-        a_tick = self.pair.tokens_per_tick(self._tier)
+        a_tick = self.pair.tokens_per_tick(self._deepest)
         for slot, running in sorted(self._slots.items(), key=lambda held: held[1].rank):
             if self._slots.get(slot) is not running:
                 continue  # a more important one has just taken its place
@@ -236,12 +241,26 @@ class Lane:
             while self._slots.get(slot) is running and self.pair.ensure(slot, wanted) is not None:
                 yield from self._deprive(now_s)
 
-    def dispatch(self, now_s: float) -> None:
-        """Dispatch a tick if any slot is held, and not too many are unread."""
+    def dispatch(self, now_s: float, num_waiting: int) -> None:
+        """Dispatch a tick if any slot is held, and not too many are unread; `num_waiting` requests have no lane yet."""
         if self._slots and len(self._ticks) < TICKS_AHEAD:
             holders = {slot: (running, self._insertions[slot]) for slot, running in self._slots.items()}
-            self._ticks.append(Tick(self.pair.step(self._tier), holders, now_s))
+            ticket = self.specustream.plan(self._load(num_waiting), now_s)
+            self._ticks.append(Tick(self.pair.step(ticket.tier, ticket.step_plan), ticket, holders, now_s))
             self.counters.ticks += 1
+
+    def _load(self, num_waiting: int) -> LaneLoad:
+        """Say what there is to decode."""
+        running = self._slots.values()
+        prompts = sum(len(one.request.prompt_token_ids) for one in running)
+        return LaneLoad(
+            holders=self._insertions,
+            waiting=num_waiting,
+            in_transit=self.num_before_slot,
+            free_pages=self.pair.free_pages / self.pair.num_pages,
+            mean_length=sum(one.num_positions for one in running) / len(running),
+            cached=sum(one.cached_tokens for one in running) / prompts,
+        )
 
     def collect(self, clock: Callable[[], float]) -> Iterator[RunningRequest]:
         """Read ticks but for the last, or the last too when nothing runs behind it.
@@ -254,6 +273,8 @@ class Lane:
             output = self.pair.read(tick.pending)
             self._ticks.popleft()
             now_s = clock()
+            begin_s, self._last_tick_s = max(tick.begun_s, self._last_tick_s), now_s  # they run one after the other
+            self.specustream.learn(tick.ticket, output, now_s - begin_s, now_s)
             first, ended = [], {}
             for slot, (running, insertion) in tick.holders.items():
                 if self._insertions.get(slot) != insertion:
@@ -263,13 +284,15 @@ class Lane:
                     ended[slot] = running
                 if running.num_tokens > known == 0:
                     first.append(running.request_id)
-            self._log.ticked(len(tick.holders), self._tier, first, self.pair.free_pages, tick.begun_s, now_s)
+            self._log.ticked(len(tick.holders), tick.ticket.tier, first, self.pair.free_pages, begin_s, now_s)
             ran = output.drafted > 0
             if ran.any():  # an exponential average over about ten ticks
                 self._accepted_per_step += 0.1 * (float(output.accepted[ran].mean()) - self._accepted_per_step)
             for running in ended.values():  # they are out before a slot is released: that may fail
                 if running.invalid:
                     self.pair.forget(running.job())
+                else:
+                    self.pair.remember((*running.request.prompt_token_ids, *running.job().output))
                 del self._requests[running.request_id]
                 yield running
             for slot in ended:

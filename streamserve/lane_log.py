@@ -14,7 +14,6 @@ class LaneLog:
     def __init__(self, lane: int, tracer: Tracer):
         self._lane, self._tracer = lane, tracer
         self._last_call_s = 0.0
-        self._last_tick_s = 0.0
 
     def scheduled(self, request_id: str, arrival_s: float, now_s: float) -> None:
         """Report that a request's first prefill call was dispatched."""
@@ -34,10 +33,9 @@ class LaneLog:
         self._lead(request_id, FlowPhase.STEP, Track.TRANSFER, begun_s, now_s)
 
     def ticked(
-        self, slots: int, depth: int, first: Iterable[str], free_pages: int, begun_s: float, now_s: float
+        self, slots: int, depth: int, first: Iterable[str], free_pages: int, begin_s: float, now_s: float
     ) -> None:
         """Report that a tick was read, and which requests' first tokens came with it."""
-        begin_s, self._last_tick_s = max(begun_s, self._last_tick_s), now_s
         self._tracer.span(self._lane, Track.DECODE, f"{slots} slots", begin_s, now_s, depth=depth)
         for request_id in first:
             self._lead(request_id, FlowPhase.FINISH, Track.DECODE, begin_s, now_s)

@@ -15,32 +15,21 @@ import numpy as np
 import tqdm
 
 from streamserve import mesh as meshes
-from streamserve.bandits import Policy
+from streamserve import parts
 from streamserve.config import BUNDLED_TARGET, Config, from_mapping
-from streamserve.flowguard import FlowGuard, round_robin
+from streamserve.flowguard import FlowGuard
 from streamserve.lifecycle import State
 from streamserve.metrics import EngineStats
-from streamserve.models import Model, load_model, place, resolve_path
-from streamserve.pipeserve import (
-    CompilationCounter,
-    PairModels,
-    Programs,
-    StreamPair,
-    lane_sizes,
-    persistent_cache,
-    warm_up,
-)
+from streamserve.models import resolve_path
+from streamserve.pipeserve import CompilationCounter, StreamPair, persistent_cache, warm_up
 from streamserve.prompts import EngineLimits, OpenPrompt, PromptLike, PromptReader, as_prompt, is_one_prompt
 from streamserve.sampling_params import SamplingParams
 from streamserve.scheduler import Finished, Refused, StreamScheduler
 from streamserve.sequence import RunningRequest
-from streamserve.specustream import drafters, verify
-from streamserve.tokenizer import TextStream, Tokenizer, load_eos_ids, load_tokenizer
+from streamserve.specustream import DecisionLog
+from streamserve.tokenizer import TextStream, load_eos_ids, load_tokenizer
 from streamserve.trace import NullTracer, TraceWriter
 from streamserve.types import Prompt, Request, RequestOutput
-
-# Names in a config and the factories behind them: a new one is one more line.
-ROUTERS: Mapping[str, Callable[[int], Policy]] = {"round_robin": round_robin}
 
 
 class LLM:
@@ -116,10 +105,16 @@ class LLM:
             },
         )
         self._build(config, use_tqdm=use_tqdm)
+        self._begin()
 
     @classmethod
     def from_config(
-        cls, config: Config, *, use_tqdm: bool = False, trace: str | os.PathLike[str] | None = None
+        cls,
+        config: Config,
+        *,
+        use_tqdm: bool = False,
+        trace: str | os.PathLike[str] | None = None,
+        decisions: str | os.PathLike[str] | None = None,
     ) -> "LLM":
         """Build from a whole configuration; raises as the constructor does.
 
@@ -127,13 +122,20 @@ class LLM:
           config: everything.
           use_tqdm: show a progress bar while compiling.
           trace: file for a timeline of what the engine does, which Perfetto opens; None for none. `close` ends it.
+          decisions: file for every decision about the depth of speculation, JSON lines; None for none. `close` ends it.
         """
         llm = cls.__new__(cls)
-        llm._build(config, use_tqdm=use_tqdm, trace=trace)
+        llm._build(config, use_tqdm=use_tqdm)
+        if trace is not None:
+            llm._tracer = TraceWriter(trace, epoch_s=time.monotonic())
+        if decisions is not None:
+            llm._decisions = DecisionLog(decisions, header=parts.log_header(config))
+        llm._begin()
         return llm
 
-    def _build(self, config: Config, *, use_tqdm: bool, trace: str | os.PathLike[str] | None = None) -> None:
-        """Load, wire and compile."""
+    def _build(self, config: Config, *, use_tqdm: bool) -> None:
+        """Load and compile."""
+        parts.check_names(config)
         self.config = config
         path = resolve_path(config.model.model)
         tokenizer_path = path if config.model.tokenizer is None else resolve_path(config.model.tokenizer)
@@ -141,9 +143,9 @@ class LLM:
         own_eos = () if self.tokenizer is None else self.tokenizer.eos_ids
         meshes.request_cpu_devices(config.topology)
         pairs = meshes.make_pairs(config.topology, jax.devices())
-        target = _load(config, str(path), pairs[0].prefill)
-        draft = _load_draft(config, target, self.tokenizer, pairs[0].prefill)
-        self.max_model_len = _max_model_len(config, target, draft)
+        target = parts.load_target(config, pairs[0].prefill)
+        draft = parts.load_draft(config, target, self.tokenizer, pairs[0].prefill)
+        self.max_model_len = parts.max_model_len(config, target, draft)
         limits = EngineLimits(
             max_model_len=self.max_model_len,
             vocab_size=target.config.vocab_size,
@@ -152,20 +154,23 @@ class LLM:
             pipeserve=config.pipeserve,
         )
         self._prompts = PromptReader(self.tokenizer, limits)
-        self._pairs = _make_pairs(config, pairs, target, draft, self.max_model_len)
+        self._pairs = parts.make_pairs(config, pairs, target, draft, self.max_model_len)
+        begin_s = time.monotonic()
         with persistent_cache(config.compilation_cache_dir):
-            self._warmup_s, self._num_programs = warm_up(self._pairs, use_tqdm=use_tqdm)
-        flowguard = FlowGuard(
-            ROUTERS[config.routing.policy], num_lanes=len(pairs), seed=config.seed, device=meshes.control_device()
-        )
-        self._tracer = NullTracer()
-        if trace is not None:
-            self._tracer = TraceWriter(trace, epoch_s=time.monotonic())
+            self._num_programs = warm_up(self._pairs, use_tqdm=use_tqdm)
+        self._costs = parts.lane_costs(config, self._pairs, target, draft)
+        self._warmup_s = time.monotonic() - begin_s
+        self._tracer, self._decisions = NullTracer(), None
+
+    def _begin(self) -> None:
+        """Wire the parts."""
+        config = self.config
+        self._specustreams = parts.make_specustreams(config, self._pairs, self._costs, self._decisions)
         self._scheduler = StreamScheduler(
             self._pairs,
-            flowguard,
+            parts.make_flowguard(config),
             config.scheduler,
-            tier=config.speculation.depth,
+            specustreams=self._specustreams,
             max_prefills=config.pipeserve.max_prefills,
             keeps_pages=config.pipeserve.preemption == "keep",
             start=self._start_request,
@@ -274,8 +279,37 @@ class LLM:
         return any(cancelled)
 
     def close(self) -> None:
-        """Finish the trace, if there is one. The engine can go on; what it does then is not traced."""
+        """Finish the trace and the log of decisions, if there are any. The engine can go on without them."""
         self._tracer.close()
+        for specustream in self._specustreams:
+            specustream.stop_logging()
+        if self._decisions is not None:
+            self._decisions.close()
+
+    def use_policy(self, name: str) -> None:
+        """Let another depth policy decide from now on, without what the one before it has learnt.
+
+        Args:
+          name: as `speculation.policy`; "fixed" with a depth as in "fixed:2".
+
+        Raises:
+          ValueError: the name stands for nothing, or the depth was not compiled.
+        """
+        for specustream, pair in zip(self._specustreams, self._pairs, strict=True):
+            specustream.use(parts.make_policy(self.config.speculation, pair.num_slots, name=name))
+
+    def pin_depth(self, depth: int | None, *, tier: int | None = None) -> None:
+        """Decode at one depth from now on, whatever the policy says; None lets it decide again.
+
+        Args:
+          depth: tokens that every row drafts a round.
+          tier: depth of the program that runs; None for the same. A deeper one verifies as wide as it can.
+
+        Raises:
+          ValueError: no such program was compiled.
+        """
+        for specustream in self._specustreams:
+            specustream.pin(depth, tier=tier)
 
     def _requests(self, prompts: Iterable[Prompt]) -> Iterator[Request | Refused]:
         """Turn prompts into requests, one a completion, and keep them open."""
@@ -338,66 +372,3 @@ class LLM:
         text = TextStream(self.tokenizer, request.params)
         name = self.tokenizer.token_text if self.tokenizer is not None else lambda token: None
         return RunningRequest(request, text, name, arrival_s=arrival_s)
-
-
-def _make_pairs(
-    config: Config, pairs: Sequence[meshes.PairMeshes], target: Model, draft: Model | None, max_model_len: int
-) -> list[StreamPair]:
-    """Build the lanes; nothing is compiled yet."""
-    sizes = lane_sizes(config.pipeserve, max_model_len=max_model_len, tiers=(config.speculation.depth,))
-    drafter = _make_drafter(draft)
-    lanes = []
-    for index, pair in enumerate(pairs):
-        models = PairModels(
-            target=target.fns,
-            kv_shape=target.kv_shape,
-            vocab_size=target.config.vocab_size,
-            drafter=drafter,
-            verify=verify.rejection,
-            prefill_params=_params_on(pair.prefill, target, draft),
-            decode_params=_params_on(pair.decode, target, draft),
-        )
-        lanes.append(StreamPair(index, Programs(pair, models, config.pipeserve, sizes)))
-    return lanes
-
-
-def _load(config: Config, path: str, mesh: jax.sharding.Mesh) -> Model:
-    dtype = np.dtype(jax.numpy.dtype(config.model.dtype))
-    return load_model(path, mesh, dtype=dtype, load_format=config.model.load_format, seed=config.seed)
-
-
-def _load_draft(config: Config, target: Model, tokenizer: Tokenizer | None, mesh: jax.sharding.Mesh) -> Model | None:
-    """Load the draft model, if there is one, and check that it speaks the target's vocabulary."""
-    if config.speculation.depth == 0 or config.speculation.model is None:
-        return None
-    path = resolve_path(config.speculation.model)
-    draft = _load(config, str(path), mesh)
-    if draft.config.vocab_size != target.config.vocab_size:
-        raise ValueError(
-            f"the draft's vocabulary has {draft.config.vocab_size} tokens and the target's {target.config.vocab_size}; "
-            "a draft model must share the target's vocabulary"
-        )
-    if tokenizer is None or not (path / "tokenizer.json").exists():
-        return draft
-    if load_tokenizer(path).vocabulary() != tokenizer.vocabulary():
-        raise ValueError("draft and target have vocabularies of one size but with different tokens")
-    return draft
-
-
-def _max_model_len(config: Config, target: Model, draft: Model | None) -> int:
-    longest = target.config.max_position
-    if draft is not None:
-        longest = min(longest, draft.config.max_position)
-    wanted = config.model.max_model_len
-    if wanted is not None and wanted > longest:
-        raise ValueError(f"max_model_len={wanted} exceeds the {longest} positions that the model was made for")
-    return longest if wanted is None else wanted
-
-
-def _params_on(mesh: jax.sharding.Mesh, target: Model, draft: Model | None) -> tuple[Any, Any]:
-    """Parameters of both models on a mesh; nothing for a draft that does not exist."""
-    return place(target, mesh).params, () if draft is None else place(draft, mesh).params
-
-
-def _make_drafter(draft: Model | None) -> drafters.Drafter:
-    return drafters.none() if draft is None else drafters.draft_model(draft.fns, draft.kv_shape)

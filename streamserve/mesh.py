@@ -43,18 +43,13 @@ def request_cpu_devices(topology: TopologyConfig) -> None:
 
 
 def num_host_devices(topology: TopologyConfig) -> int:
-    """Host devices that a topology takes on CPU: those of the meshes and, for several pairs, one for control.
+    """Host devices that a topology takes on CPU: those of its meshes, and no more.
 
-    One pair has nothing to route. More would cost: XLA starts a thread for every device, even where cores are fewer,
-    and a step of eight rows on two cores takes 1.35 times as long with three devices as with two. Two in any case, so
-    that a colocated pair does not keep one of two meshes from being built later.
+    More would cost: XLA starts a thread for every device, even where cores are fewer, and a step of eight rows on two
+    cores takes 1.35 times as long with three devices as with two. Two in any case, so that a colocated pair does not
+    keep one of two meshes from being built later.
     """
-    return max(2, num_devices(topology) + (topology.num_pairs > 1))
-
-
-def control_device() -> Device:
-    """The host device that policies run on: the last one, which `make_pairs` leaves free if there are several pairs."""
-    return jax.local_devices(backend="cpu")[-1]
+    return max(2, num_devices(topology))
 
 
 def num_devices(topology: TopologyConfig) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from streamserve.types import Deferred, Job, StepOutput, TokenLogprobs
+from streamserve.types import Deferred, Job, StepOutput, StepPlan, TokenLogprobs
 
 
 class Pair(Protocol):
@@ -26,6 +26,11 @@ class Pair(Protocol):
     @property
     def free_pages(self) -> int:
         """Pages of the decode mesh that nobody owns."""
+        ...
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the decode mesh that can be owned."""
         ...
 
     @property
@@ -57,11 +62,12 @@ class Pair(Protocol):
     read_prompt_logprobs: Callable[[Any], TokenLogprobs]
     tokens_per_tick: Callable[[int], int]
     ensure: Callable[[int, int], Deferred | None]
-    step: Callable[[int], Any]
+    step: Callable[[int, StepPlan], Any]
     is_done: Callable[[Any], bool]
     read: Callable[[Any], StepOutput]
     release: Callable[[int], None]
     rescue: Callable[[int, Job], Any]
     bring_home: Callable[[Any], Any]
     forget: Callable[[Job], None]
+    remember: Callable[[tuple[int, ...]], None]
     reset: Callable[[], None]

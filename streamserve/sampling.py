@@ -6,7 +6,7 @@ program serves every mix of requests, and a branch leaves rows that do not want 
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,25 @@ def round_keys(key_B2: jax.Array, emitted_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(key_B2, impl=KEY_IMPL), emitted_B)
 
 
-def draft_keys(context: RowContext) -> jax.Array:
-    """Give the keys [B] that a round's draft is drawn with; no other part of the round uses them."""
-    return jax.vmap(jax.random.split)(round_keys(context.row.key, context.emitted))[:, 0]
+class RoundKeys(NamedTuple):
+    """Typed keys of one round of draft and verification. Which ones are equal is the verification rule's choice."""
+
+    token: jax.Array  # [B, T], the t-th token that the round may emit is drafted with key t
+    verify: jax.Array  # [B], for whatever else the rule draws
 
 
-def verify_keys(context: RowContext) -> jax.Array:
-    """Give the keys [B] that a round is verified with; no other part of the round uses them."""
-    return jax.vmap(jax.random.split)(round_keys(context.row.key, context.emitted))[:, 1]
+def independent_keys(context: RowContext, width: int) -> RoundKeys:
+    """Give keys that no other round uses, and that tell the verification nothing of the draft."""
+    keys_B2 = jax.vmap(jax.random.split)(round_keys(context.row.key, context.emitted))
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return RoundKeys(token=fold(keys_B2[:, 0], jnp.arange(width)), verify=keys_B2[:, 1])
+
+
+def position_keys(context: RowContext, width: int) -> RoundKeys:
+    """Give each output position of a request the same key in every round that reaches it."""
+    position_BT = context.emitted[:, None] + jnp.arange(width)[None]
+    at = lambda position_B: round_keys(context.row.key, position_B)  # noqa: E731
+    return RoundKeys(token=jax.vmap(at, 1, 1)(position_BT), verify=at(context.emitted))
 
 
 def all_greedy(row: RowParams) -> jax.Array:
@@ -144,6 +155,11 @@ def sample(probs_BV: jax.Array, key_B: jax.Array) -> jax.Array:
 
     point_mass = jnp.all(jnp.max(probs_BV, axis=-1) == jnp.sum(probs_BV, axis=-1))
     return jax.lax.cond(point_mass, lambda probs: jnp.argmax(probs, axis=-1), draw, probs_BV).astype(jnp.int32)
+
+
+def sample_each(probs_BTV: jax.Array, key_BT: jax.Array) -> jax.Array:
+    """Draw one token a row and position, each with its own key: int32 [B, T]."""
+    return jax.vmap(sample, 1, 1)(probs_BTV, key_BT)
 
 
 def token_logprobs(logits_XV: jax.Array, tokens_X: jax.Array, wanted: jax.Array, max_logprobs: int) -> TokenLogprobs:

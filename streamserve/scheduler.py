@@ -28,6 +28,7 @@ from streamserve.lane import Lane, LaneCounters
 from streamserve.lifecycle import State
 from streamserve.pair_protocol import Pair
 from streamserve.sequence import RunningRequest
+from streamserve.specustream import SpecuStream
 from streamserve.trace import NullTracer, Tracer, Track
 from streamserve.types import CompletionOutput, Deferred, Logprob, Request, RequestMetrics
 from streamserve.waiting import Entry, WaitingQueue
@@ -62,7 +63,7 @@ class StreamScheduler:
         flowguard: FlowGuard,
         config: SchedulerConfig,
         *,
-        tier: int,
+        specustreams: Sequence[SpecuStream],
         max_prefills: int,
         keeps_pages: bool,
         start: Callable[..., RunningRequest],
@@ -76,7 +77,7 @@ class StreamScheduler:
           pairs: stream pairs; the scheduler owns them from here on.
           flowguard: picks one of them for each request.
           config: limits.
-          tier: draft depth of every tick.
+          specustreams: one for each stream pair; it plans the ticks there.
           max_prefills: requests between admission and a slot, a lane.
           keeps_pages: a preempted request keeps its pages in the host's memory.
           start: `(request, *, arrival_s) -> RunningRequest`.
@@ -86,8 +87,8 @@ class StreamScheduler:
         """
         self._tracer = NullTracer() if tracer is None else tracer
         lanes = [
-            Lane(index, pair, tier=tier, keeps_pages=keeps_pages, tracer=self._tracer)
-            for index, pair in enumerate(pairs)
+            Lane(index, pair, specustream, keeps_pages=keeps_pages, tracer=self._tracer)
+            for index, (pair, specustream) in enumerate(zip(pairs, specustreams, strict=True))
         ]
         self.lanes = tuple(lanes)
         self.ends: dict[State, int] = {}  # requests by how they ended
@@ -261,7 +262,7 @@ class StreamScheduler:
         # 7. Dispatch.
         for running in lane.make_room(now_s):
             self._wait_again(running)
-        lane.dispatch(now_s)
+        lane.dispatch(now_s, len(self._queue))
 
     def _readable(self) -> list[Lane]:
         """Choose the lanes whose ticks are read now: those that need not be waited for, or the longest under way."""

@@ -135,6 +135,8 @@ class Prefix:
     first_pending: jax.Array  # [1] bool, `last_token` has not been reported to the host
     finite: jax.Array  # [1] bool, the logits behind `last_token` were finite
     first_logprobs: TokenLogprobs  # of `last_token` where it is pending
+    draft_length: jax.Array  # [1] int32, tokens that the drafter has read into its pages
+    history: jax.Array  # [1, C] int32, all tokens up to `last_token`; C = 0 where no program reads it
     prompt_seen: jax.Array  # [1, V] bool, tokens that occur in the prompt
     output_counts: jax.Array  # [1, V] int32, occurrences among the emitted tokens
     row: RowParams
@@ -175,6 +177,8 @@ class DecodeState:
     finish: jax.Array  # [B] int32, FinishCode
     first_pending: jax.Array  # [B] bool, the first token waits for the next StepOutput
     first_logprobs: TokenLogprobs  # leading dimension B
+    draft_length: jax.Array  # [B] int32, tokens that the drafter has read into its pages
+    history: jax.Array  # [B, C] int32, token at each position up to `length`; C = 0 where no program reads it
     context: RowContext  # of B rows
 
 
@@ -182,13 +186,24 @@ class DecodeState:
 class Draft:
     """Tokens proposed for verification.
 
-    A decision about position k may depend on `probs` up to k, never on `tokens[:, k]` itself: dropping a token because
-    of what it is would bias the output.
+    A decision about position k may depend on `logits` up to k and on tokens before k, never on `tokens[:, k]` itself:
+    dropping a token because of what it is would bias the output.
     """
 
     tokens: jax.Array  # [B, K] int32
-    probs: jax.Array  # [B, K, V] float32, the distribution that each token was drawn from
+    logits: jax.Array  # [B, K, V] float32, adjusted; each token was drawn from `sampling.probabilities` of them
     length: jax.Array  # [B] int32 in [0, K], positions that count
+
+
+@flax.struct.dataclass
+class StepPlan:
+    """How a tick drafts, as its program takes it. Arrays, so that a change of plan needs no other program."""
+
+    depth: jax.Array  # [B] int32, most tokens that each row drafts a round; what exceeds the program's depth is cut
+    rule: jax.Array  # [] int32, `specustream.depth.StopRule`
+    threshold: jax.Array  # [] float32, of the rule
+    wants_divergence: jax.Array  # [] bool, whether `StepOutput.divergence` is measured
+    acceptance: jax.Array  # [K] float32, probability of each acceptance; read by the synthetic verifier alone
 
 
 @flax.struct.dataclass
@@ -206,6 +221,7 @@ class StepOutput:
     tokens: jax.Array  # [B, N] int32, EMPTY_TOKEN where none; N = 1 + R * T, column 0 is a pending first token
     accepted: jax.Array  # [B, R] int32, accepted draft tokens a round
     drafted: jax.Array  # [B, R] int32, proposed draft tokens a round; EMPTY_TOKEN where the row did not run
+    divergence: jax.Array  # [B, R] float32, mean KL(p || q) over the drafted positions, nats; 0 unless it is wanted
     finish: jax.Array  # [B] int32, FinishCode after the tick
     logprobs: TokenLogprobs | None  # leading dimensions [B, N]; None on the host where nobody asked for them
 

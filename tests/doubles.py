@@ -6,18 +6,30 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.attention import attention
 from streamserve import mesh
+from streamserve.bandits import Policy
 from streamserve.config import PipeServeConfig, SchedulerConfig, TopologyConfig
 from streamserve.flowguard import FlowGuard, round_robin
 from streamserve.kv import cache
 from streamserve.kv.pages import PREFIX_CACHE
-from streamserve.pipeserve import PairModels, Programs, StreamPair, lane_sizes, warm_up
+from streamserve.parts import VERIFIERS
+from streamserve.pipeserve import LaneSizes, PairModels, Programs, StreamPair, lane_sizes, warm_up
 from streamserve.sampling_params import SamplingParams
 from streamserve.scheduler import Finished, Refused, StreamScheduler
 from streamserve.sequence import RunningRequest
-from streamserve.specustream import drafters, verify
+from streamserve.specustream import (
+    DepthContext,
+    Plan,
+    SpecuStream,
+    StopRule,
+    drafters,
+    nominal,
+    policies,
+    whole,
+)
 from streamserve.tokenizer import TextStream
 from streamserve.types import ForwardFns, KVCache, KVPool, KVShape, Request
 
@@ -62,6 +74,15 @@ def _forward(params, tokens_BT, kv: KVCache, start_B):
 TINY_FNS = ForwardFns(forward=_forward, logits=lambda params, hidden: hidden @ params["head"])
 
 
+# A new drafter is one more line: how it drafts for the tiny model.
+DRAFTERS = {
+    "draft_model": lambda: drafters.draft_model(TINY_FNS, KV_SHAPE),
+    "synthetic": lambda: drafters.draft_model(TINY_FNS, KV_SHAPE),
+    "ngram": lambda: drafters.ngram(VOCAB, max_ngram=3),
+    "suffix": lambda: drafters.suffix(VOCAB, memory_tokens=64, max_match=4),
+}
+
+
 def make_request(
     name: str, prompt: tuple[int, ...], *, seed: int = 0, stop_ids: tuple[int, ...] = (), **params
 ) -> Request:
@@ -99,10 +120,15 @@ def tiny_pairs(
     devices: int = 1,
     decode_devices: int | None = None,
     topology: str = "disaggregated",
+    tiers: tuple[int, ...] = (),
+    method: str = "draft_model",
+    verifier: str = "rejection",
     max_model_len: int = MAX_MODEL_LEN,
     **config,
 ) -> tuple[StreamPair, ...]:
     """Compile stream pairs of the tiny model; `draft_seed` 0 makes the draft equal to the target.
+
+    `tiers` are several depths instead of `depth`.
 
     Pages of 8 tokens, calls of up to 4 of them, and slots in two sizes: prompts of the tests cross every border.
     """
@@ -113,9 +139,11 @@ def tiny_pairs(
         decode_devices=devices if decode_devices is None else decode_devices,
     )
     settings = PipeServeConfig(**(TINY_SIZES | config))
-    drafter = drafters.draft_model(TINY_FNS, KV_SHAPE) if depth else drafters.none()
-    params = (tiny_params(0), tiny_params(draft_seed) if depth else ())
-    sizes = lane_sizes(settings, max_model_len=max_model_len, tiers=(depth,))
+    tiers = tiers or (depth,)
+    drafter = DRAFTERS[method]() if max(tiers) else drafters.none()
+    has_model = bool(max(tiers)) and method in ("draft_model", "synthetic")
+    params = (tiny_params(0), tiny_params(draft_seed) if has_model else drafter.params)
+    sizes = lane_sizes(settings, max_model_len=max_model_len, tiers=tiers)
     pairs = []
     for index, meshes in enumerate(mesh.make_pairs(layout, jax.devices())):
         models = PairModels(
@@ -123,20 +151,50 @@ def tiny_pairs(
             kv_shape=KV_SHAPE,
             vocab_size=VOCAB,
             drafter=drafter,
-            verify=verify.rejection,
+            verifier=VERIFIERS[verifier](),
             prefill_params=jax.device_put(params, mesh.replicated(meshes.prefill)),
             decode_params=jax.device_put(params, mesh.replicated(meshes.decode)),
+            synthetic=method == "synthetic",
         )
         pairs.append(StreamPair(index, Programs(meshes, models, settings, sizes)))
     warm_up(pairs, use_tqdm=False)
     return tuple(pairs)
 
 
+def restless(sizes: LaneSizes) -> Policy:
+    """Make a policy that changes the depth of every tick and slot at random, and stops drafts by any rule."""
+    tiers = sizes.tiers
+
+    def choose(state: int, context: DepthContext, noise_A2: np.ndarray) -> tuple[Plan, int]:
+        arm = int(noise_A2[0, 0] * len(tiers))
+        depth_B = np.arange(sizes.slots) * 7 + int(noise_A2[0, 1] * 1000)
+        plan = whole(context, arm, 1 / len(tiers))
+        rule = StopRule(int(noise_A2[-1, 0] * 1e6) % 3)
+        return plan._replace(depth_B=np.int32(depth_B % (tiers[arm] + 1)), rule=rule, threshold=noise_A2[-1, 1]), state
+
+    return Policy(init=lambda: 0, choose=choose, update=lambda state, context, plan, stats: state)
+
+
+def tiny_specustream(pair: StreamPair, policy: Policy | None = None, **options) -> SpecuStream:
+    """Plan the ticks of a lane: by default always at its largest depth."""
+    sizes = pair.sizes
+    if policy is None:
+        policy = policies.fixed(sizes.tiers, sizes.slots, depth=sizes.tiers[-1])
+    costs = nominal(sizes.tiers, sizes.batches)
+    return SpecuStream(policy, costs, slots=sizes.slots, rounds=sizes.rounds, lane=pair.index, **options)
+
+
 def tiny_scheduler(
-    pairs: Sequence[StreamPair], depth: int, *, sleep=time.sleep, tracer=None, **config
+    pairs: Sequence[StreamPair],
+    *,
+    policy: Policy | None = None,
+    specustreams: Sequence[SpecuStream] | None = None,
+    sleep=time.sleep,
+    tracer=None,
+    **config,
 ) -> StreamScheduler:
     """Put a scheduler before lanes."""
-    flowguard = FlowGuard(round_robin, num_lanes=len(pairs), seed=0, device=mesh.control_device())
+    flowguard = FlowGuard(round_robin, num_lanes=len(pairs), seed=0)
     settings = pairs[0].programs.config
 
     def start(request: Request, *, arrival_s: float) -> RunningRequest:
@@ -146,7 +204,7 @@ def tiny_scheduler(
         pairs,
         flowguard,
         SchedulerConfig(**config),
-        tier=depth,
+        specustreams=specustreams or [tiny_specustream(pair, policy) for pair in pairs],
         max_prefills=settings.max_prefills,
         keeps_pages=settings.preemption == "keep",
         start=start,
@@ -155,12 +213,10 @@ def tiny_scheduler(
     )
 
 
-def serve(
-    pairs: Sequence[StreamPair], depth: int, requests: Sequence[Request | Refused], **config
-) -> dict[str, Finished]:
+def serve(pairs: Sequence[StreamPair], requests: Sequence[Request | Refused], **config) -> dict[str, Finished]:
     """Run requests to their ends; assert that each ended once and that nothing is held afterwards."""
     ends: dict[str, Finished] = {}
-    for finished in tiny_scheduler(pairs, depth, **config).run(requests):
+    for finished in tiny_scheduler(pairs, **config).run(requests):
         assert finished.request_id not in ends, f"{finished.request_id} ended twice"
         ends[finished.request_id] = finished
     assert set(ends) == {request.request_id for request in requests}

@@ -32,6 +32,7 @@ from streamserve.types import (
     StepOutput,
     TokenLogprobs,
 )
+from tests.doubles import tiny_specustream
 
 VOCAB = 13
 POISON = 0  # a position whose keys are not finite; no token hashes to it
@@ -154,6 +155,8 @@ class _Row:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     max_tokens: int = 0
+    draft_length: int = 0  # tokens that the draft has read
+    history: list[int] = dataclasses.field(default_factory=list)
 
 
 class _Round(NamedTuple):
@@ -171,6 +174,7 @@ class FakePrograms:
         self,
         *,
         depth: int = 2,
+        tiers: tuple[int, ...] = (),
         colocated: bool = False,
         polls: Callable[[str], float] = lambda what: 0,
         max_model_len: int = MAX_MODEL_LEN,
@@ -179,19 +183,23 @@ class FakePrograms:
         """Build programs that need no compilation.
 
         Args:
-          depth: K.
+          depth: K, where there is one alone.
+          tiers: depths, ascending.
           colocated: one mesh for both.
           polls: how often a "call", "transfer", "prefix", "rescue" or "tick" has to be asked before it is ready.
           max_model_len: most tokens of a request.
           config: of PipeServe, where it differs from `FAKE_SIZES`.
         """
         self.config = PipeServeConfig(**(FAKE_SIZES | config))
-        self.sizes = lane_sizes(self.config, max_model_len=max_model_len, tiers=(depth,))
+        self.sizes = lane_sizes(self.config, max_model_len=max_model_len, tiers=tiers or (depth,))
         self.colocated = colocated
         self.recomputes_draft = self.config.draft_kv == "recompute" and not colocated
         self.vocab_size = VOCAB
         self.prefill_params, self.decode_params = ("prefill target", "prefill draft"), ("decode target", "decode draft")
-        self._depth, self._polls, self._home = depth, polls, DECODE if colocated else PREFILL
+        self.remember, self.draft_memory = None, ()
+        self.history_tokens = max_model_len if max(self.sizes.tiers) else 0
+        self._depth, self._polls = self.sizes.tiers[-1], polls
+        self._home = DECODE if colocated else PREFILL
         tiles, moves = self.sizes.tiles, self.sizes.moves
         self.prefill = {size: self._sized_prefill(size) for size in tiles}
         self.draft_prefill = dict.fromkeys(tiles, self._draft_prefill) if self.recomputes_draft else {}
@@ -200,8 +208,9 @@ class FakePrograms:
         keeps = self.config.preemption == "keep"
         self.keep = {size: self._sized_take(size, DECODE) for size in moves} if keeps else {}
         self.restore = {size: self._sized_put(size) for size in moves} if keeps else {}
-        self.step = {(batch, depth): self._sized_step(batch) for batch in self.sizes.batches}
-        self.step_shapes = {(batch, depth): self._step_shape(batch) for batch in self.sizes.batches}
+        shapes = [(batch, tier) for batch in self.sizes.batches for tier in self.sizes.tiers]
+        self.step = {shape: self._sized_step(*shape) for shape in shapes}
+        self.step_shapes = {shape: self._step_shape(*shape) for shape in shapes}
 
     # --- ways of arrays
 
@@ -304,10 +313,11 @@ class FakePrograms:
     def first(self, params: Any, hidden: FakeArray, placed: FakeArray) -> FakeArray:
         """Sample the token after a computed prompt."""
         assert params == self.prefill_params[0]
-        tile, length, prev, seen, row = placed.get(self._home)
+        tile, length, prev, history, seen, row = placed.get(self._home)
         digest = hidden.get(self._home)[int(tile[0])]
         token = 0 if digest is None else _predict(digest, _seed(row.key))
-        tokens = np.array([token], np.int32)
+        tokens, history = np.array([token], np.int32), history.copy()
+        history[0, length[0] : length[0] + 1] = token
         prefix = Prefix(
             length=length,
             prev_token=prev,
@@ -316,6 +326,8 @@ class FakePrograms:
             first_pending=np.ones(1, bool),
             finite=np.array([digest is not None]),
             first_logprobs=_logprobs(tokens, self.config.max_logprobs),
+            draft_length=length,
+            history=history,
             prompt_seen=seen,
             output_counts=np.bincount(tokens, minlength=VOCAB)[None],
             row=row,
@@ -362,6 +374,8 @@ class FakePrograms:
             seed=_seed(new.row.key),
             stop_ids=stops,
             max_tokens=int(new.row.max_tokens[0]),
+            draft_length=int(new.draft_length[0]),
+            history=new.history[0, : int(new.length[0]) + 1].tolist(),
         )
         return FakeArray(rows, DECODE)
 
@@ -372,41 +386,57 @@ class FakePrograms:
         row.active = row.first_pending = False
         return FakeArray(rows, DECODE)
 
-    def _sized_step(self, batch: int) -> Callable[..., tuple[Pools, FakeArray, FakeArray, FakeArray]]:
-        shape = (batch, 1 + self.sizes.rounds * (self._depth + 1))
+    def _sized_step(self, batch: int, tier: int) -> Callable[..., tuple[Pools, FakeArray, FakeArray, FakeArray]]:
+        shape = (batch, 1 + self.sizes.rounds * (tier + 1))
 
-        def step(target: Any, draft: Any, pools: Pools, state: FakeArray, placed: FakeArray) -> tuple[Any, ...]:
+        def step(
+            target: Any, draft: Any, pools: Pools, state: FakeArray, placed: FakeArray, plan: FakeArray
+        ) -> tuple[Any, ...]:
             assert (target, draft) == self.decode_params
             table, into, rows = placed.get(DECODE), _donated(pools, DECODE), state.donate(DECODE)
+            depths = np.minimum(plan.get(DECODE).depth, tier)
+            assert depths.shape == (batch,)
             tokens = np.full(shape, EMPTY_TOKEN, np.int32)
             accepted, drafted = (np.full((batch, self.sizes.rounds), EMPTY_TOKEN, np.int32) for _ in range(2))
             for slot, row in enumerate(rows[:batch]):
                 if row.first_pending:
                     tokens[slot, 0], row.first_pending = row.last, False
-                for index in range(self.sizes.rounds):
-                    if row.active:
-                        done = self._round(into, row, table[slot])
-                        begin = 1 + index * (self._depth + 1)
-                        tokens[slot, begin : begin + len(done.tokens)] = done.tokens
-                        accepted[slot, index], drafted[slot, index] = done.accepted, done.drafted
+            for index in range(self.sizes.rounds):
+                active = [slot for slot, row in enumerate(rows[:batch]) if row.active]
+                drafts = any(depths[slot] for slot in active)
+                for slot in active:
+                    if drafts and not index:
+                        self._catch_up(into, rows[slot], table[slot])
+                    done = self._round(into, rows[slot], table[slot], int(depths[slot]), drafts=drafts)
+                    begin = 1 + index * (tier + 1)
+                    tokens[slot, begin : begin + len(done.tokens)] = done.tokens
+                    accepted[slot, index], drafted[slot, index] = done.accepted, done.drafted
             finish = np.array([row.finish for row in rows[:batch]], np.int32)[:, None]
             scored = _logprobs(tokens, self.config.max_logprobs)
             flat = [np.ascontiguousarray(leaf).view(np.int32).reshape(batch, -1) for leaf in jax.tree.leaves(scored)]
-            packed = FakeArray(np.concatenate([tokens, accepted, drafted, finish], axis=1), DECODE, self._polls("tick"))
+            quiet = np.zeros((batch, self.sizes.rounds), np.int32)  # the divergence, which nobody measures here
+            packed = np.concatenate([tokens, accepted, drafted, quiet, finish], axis=1)
             logprobs = FakeArray(np.concatenate(flat, axis=1), DECODE)
-            return _placed_pools(into, DECODE), FakeArray(rows, DECODE), packed, logprobs
+            ticked = FakeArray(packed, DECODE, self._polls("tick"))
+            return _placed_pools(into, DECODE), FakeArray(rows, DECODE), ticked, logprobs
 
         return step
 
-    def _round(self, pools: Pools, row: _Row, table: np.ndarray) -> _Round:
+    def _catch_up(self, pools: Pools, row: _Row, table: np.ndarray) -> None:
+        """Let the draft read what was emitted while nothing was drafted."""
+        for position in range(row.draft_length, row.length - 1):
+            assert self.history_tokens, "the draft has missed something, and nobody knows what"
+            self._write(pools.draft, table, position, row.history[position])
+
+    def _round(self, pools: Pools, row: _Row, table: np.ndarray, depth: int, *, drafts: bool) -> _Round:
         """Draft, verify and commit; refused drafts stay beyond the new length."""
-        length, depth = row.length, self._depth
+        length = row.length
         seen = self._read(pools.target, table, length)
-        if depth:
+        if drafts:
             self._write(pools.draft, table, length - 1, row.prev)
-            drafts = self._read(pools.draft, table, length)
-            same = (drafts == seen).all() or POISON in drafts or POISON in seen
-            assert same, f"the draft has read {drafts}, not {seen}"
+            read = self._read(pools.draft, table, length)
+            same = (read == seen).all() or POISON in read or POISON in seen
+            assert same, f"the draft has read {read}, not {seen}"
         if POISON in seen:
             row.active, row.finish = False, int(FinishCode.INVALID)
             return _Round([], 0, depth)
@@ -421,17 +451,21 @@ class FakePrograms:
             if k <= agreed:
                 tokens.append(truth)
             feed = truth if k < agreed else (truth + 1) % VOCAB
-        return self._commit(row, tokens, agreed)
+        done = self._commit(row, tokens, agreed, depth)
+        if drafts:
+            row.draft_length = row.length - 1
+        return done
 
-    def _commit(self, row: _Row, tokens: list[int], agreed: int) -> _Round:
+    def _commit(self, row: _Row, tokens: list[int], agreed: int, depth: int) -> _Round:
         for index, token in enumerate(tokens):
             row.emitted, row.length = row.emitted + 1, row.length + 1
             row.prev, row.last = row.last, token
+            row.history.append(token)
             if token in row.stop_ids or row.emitted >= row.max_tokens:
                 row.active, row.finish = False, int(FinishCode.STOP if token in row.stop_ids else FinishCode.LENGTH)
                 tokens = tokens[: index + 1]
                 break
-        return _Round(tokens, min(agreed, len(tokens)), self._depth)
+        return _Round(tokens, min(agreed, len(tokens)), depth)
 
     # --- pages
 
@@ -462,14 +496,15 @@ class FakePrograms:
         column = position // self.sizes.page_size
         return int(table[column]) if column < len(table) else SCRATCH_PAGE
 
-    def _step_shape(self, batch: int) -> StepOutput:
-        columns, rounds = 1 + self.sizes.rounds * (self._depth + 1), self.sizes.rounds
+    def _step_shape(self, batch: int, tier: int) -> StepOutput:
+        columns, rounds = 1 + self.sizes.rounds * (tier + 1), self.sizes.rounds
         whole = lambda *dims: jax.ShapeDtypeStruct((batch, *dims), np.int32)  # noqa: E731
         scored = _logprobs(np.zeros((batch, columns), np.int32), self.config.max_logprobs)
         return StepOutput(
             tokens=whole(columns),
             accepted=whole(rounds),
             drafted=whole(rounds),
+            divergence=jax.ShapeDtypeStruct((batch, rounds), np.float32),
             finish=whole(),
             logprobs=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), scored),
         )
@@ -526,7 +561,7 @@ class TurnGuard:
 
 
 def fake_scheduler(
-    pairs: Sequence[StreamPair], *, clock: FakeClock, flowguard: Any = None, **config: Any
+    pairs: Sequence[StreamPair], *, clock: FakeClock, flowguard: Any = None, specustreams: Any = None, **config: Any
 ) -> StreamScheduler:
     """Put a scheduler before lanes of any kind; `clock` tells the time and passes it."""
     settings = pairs[0].programs.config
@@ -538,7 +573,7 @@ def fake_scheduler(
         pairs,
         TurnGuard() if flowguard is None else flowguard,
         SchedulerConfig(**config),
-        tier=pairs[0].sizes.tiers[0],
+        specustreams=[tiny_specustream(pair) for pair in pairs] if specustreams is None else specustreams,
         max_prefills=settings.max_prefills,
         keeps_pages=settings.preemption == "keep",
         start=start,

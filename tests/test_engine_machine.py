@@ -40,7 +40,7 @@ class EngineMachine(RuleBasedStateMachine):
     def build(self, rng):
         pool = lambda: MAX_MODEL_LEN + 4 * rng.choice((0, 2, 5, 10))  # noqa: E731
         config = {
-            "depth": rng.choice((0, 2)),
+            "tiers": rng.choice(((0,), (2,), (0, 1, 3), (1, 3))),
             "colocated": rng.random() < 0.5,
             "draft_kv": rng.choice(("transfer", "recompute")),
             "preemption": rng.choice(("recompute", "keep")),
@@ -50,7 +50,8 @@ class EngineMachine(RuleBasedStateMachine):
             "max_num_seqs": rng.randint(1, 4),
         }
         pairs = _fake_pairs(rng.randint(1, 3), rng.choice((1, 3, 9)), rng.random(), config)
-        self.bench = Bench(pairs, max_waiting=rng.randint(4, 12), transfer_timeout_s=1.0)
+        plans = [doubles.tiny_specustream(pair, doubles.restless(pair.sizes), seed=rng.randint(0, 9)) for pair in pairs]
+        self.bench = Bench(pairs, max_waiting=rng.randint(4, 12), transfer_timeout_s=1.0, specustreams=plans)
         self.made, self.taken, self.excused, self.judged = 0, [], False, 0
 
     @rule(rng=RANDOMS)
@@ -199,9 +200,9 @@ class TinyMachine(EngineMachine):
     def build(self, rng):
         layout = {"draft_kv": "recompute", "preemption": rng.choice(("recompute", "keep"))}
         layout["draft_kv"] = "transfer" if layout["preemption"] == "recompute" else "recompute"
-        self.bench = Bench(
-            [FaultyPair(0, doubles.tiny_pairs(3, num_pairs=1, **layout)[0].programs)], transfer_timeout_s=1.0
-        )
+        pair = FaultyPair(0, doubles.tiny_pairs(3, tiers=(0, 1, 3), num_pairs=1, **layout)[0].programs)
+        plans = [doubles.tiny_specustream(pair, doubles.restless(pair.sizes), seed=rng.randint(0, 9))]
+        self.bench = Bench([pair], transfer_timeout_s=1.0, specustreams=plans)
         self.made, self.taken, self.excused, self.judged = 0, [], False, 0
 
     def quiet(self, request):

@@ -16,6 +16,7 @@ from streamserve.scheduler import Refused
 from streamserve.types import Job
 from tests import doubles
 from tests.doubles import VOCAB, make_request, plain_greedy, serve, tiny_pairs, tiny_params
+from tests.exact import exact_distribution, pooled
 
 TARGET = tiny_params(0)
 
@@ -33,7 +34,7 @@ class SpeculationIsLosslessTest(parameterized.TestCase):
             make_request(str(index), prompt, max_tokens=1 + 5 * (index % 8))
             for index, prompt in enumerate(_prompts(17, seed=depth))
         ]
-        ends = serve(pairs, depth, requests)
+        ends = serve(pairs, requests)
         for request in requests:
             want = plain_greedy(TARGET, request.prompt_token_ids, request.params.max_tokens)
             got = ends[request.request_id].completion
@@ -44,7 +45,7 @@ class SpeculationIsLosslessTest(parameterized.TestCase):
         rates = {}
         for draft_seed in (0, 1):  # several rows and lanes: each must draft from its own cache
             requests = [make_request(str(i), prompt, max_tokens=40) for i, prompt in enumerate(_prompts(7, seed=3))]
-            metrics = [end.metrics for end in serve(tiny_pairs(3, draft_seed=draft_seed), 3, requests).values()]
+            metrics = [end.metrics for end in serve(tiny_pairs(3, draft_seed=draft_seed), requests).values()]
             # The last round of a request is cut by its length.
             accepted = sum(sum(one.accepted_per_step[:-1]) for one in metrics)
             rates[draft_seed] = accepted / sum(sum(one.drafted_per_step[:-1]) for one in metrics)
@@ -61,7 +62,7 @@ class SpeculationIsLosslessTest(parameterized.TestCase):
             stop = whole[index][index + 3]
             requests.append(make_request(str(index), prompt, max_tokens=30, stop_ids=(stop,)))
             expected[index] = whole[index][: whole[index].index(stop) + 1]
-        ends = serve(pairs, depth, requests)
+        ends = serve(pairs, requests)
         for index in expected:
             self.assertEqual(list(ends[str(index)].completion.token_ids), expected[index])
             self.assertEqual(ends[str(index)].completion.finish_reason, "stop")
@@ -78,10 +79,9 @@ class SpeculationIsLosslessTest(parameterized.TestCase):
             make_request(str(i), prompt, max_tokens=25, stop_ids=stop_ids, logprobs=2, **params)
             for i, prompt in enumerate(_prompts(6, seed=7))
         ]
-        plain, speculative = (serve(tiny_pairs(depth), depth, requests) for depth in (0, 3))
+        plain, speculative = (serve(tiny_pairs(depth), requests) for depth in (0, 3))
         unpenalised = serve(
             tiny_pairs(0),
-            0,
             [make_request(r.request_id, r.prompt_token_ids, max_tokens=25, stop_ids=stop_ids) for r in requests],
         )
         for name, end in plain.items():
@@ -105,11 +105,11 @@ class SpeculationIsLosslessTest(parameterized.TestCase):
     def test_sampled_output_has_the_targets_distribution(self, depth, params):
         prompt, trials = (3, 1, 4), 2000
         requests = [make_request(str(i), prompt, seed=i, max_tokens=3, **params) for i in range(trials)]
-        ends = serve(tiny_pairs(depth), depth, requests)
+        ends = serve(tiny_pairs(depth), requests)
         outputs = [ends[str(i)].completion.token_ids for i in range(trials)]
-        exact = _exact_distribution(prompt, 3, **params)
+        exact = exact_distribution(prompt, 3, **params)
         for length in (1, 2, 3):  # the joint distribution of the first tokens
-            counts, expected = _pooled(outputs, exact, length, trials)
+            counts, expected = pooled(outputs, exact, length, trials)
             self.assertGreater(len(counts), length)
             self.assertGreater(stats.chisquare(counts, expected).pvalue, 1e-4, f"first {length} tokens")
         if depth:
@@ -117,44 +117,6 @@ class SpeculationIsLosslessTest(parameterized.TestCase):
             accepted = [count for end in ends.values() for count in end.metrics.accepted_per_step]
             self.assertGreater(accepted.count(0), 60)
             self.assertGreater(accepted.count(min(depth, 2)), 60)
-
-
-def _exact_distribution(prompt, length, *, temperature, top_p=1.0, top_k=0) -> dict[tuple[int, ...], float]:
-    """Probability of every continuation, by enumeration with numpy filters."""
-    exact = {(): 1.0}
-    for _ in range(length):
-        stems = list(exact)
-        tokens = jnp.asarray([list(prompt) + list(stem) for stem in stems])
-        logits = np.asarray(doubles.whole_logits(TARGET, tokens)[:, -1], np.float64) / temperature
-        grown = {}
-        for stem, row in zip(stems, logits, strict=True):
-            p = np.exp(row - row.max())
-            p /= p.sum()
-            order = np.argsort(-p)
-            if top_k:
-                p[order[top_k:]] = 0
-            before = np.cumsum(p[order]) - p[order]
-            p[order[before >= top_p * p.sum()]] = 0
-            p /= p.sum()
-            grown |= {(*stem, token): exact[stem] * p[token] for token in range(VOCAB) if p[token] > 0}
-        exact = grown
-    return exact
-
-
-def _pooled(outputs, exact, length, trials):
-    """Counts and expectations by continuation; rare continuations share one cell, impossible ones must not occur."""
-    marginal: dict[tuple[int, ...], float] = {}
-    for tokens, probability in exact.items():
-        marginal[tokens[:length]] = marginal.get(tokens[:length], 0.0) + probability
-    seen = [tokens[:length] for tokens in outputs]
-    assert set(seen) <= set(marginal), set(seen) - set(marginal)
-    common = [tokens for tokens, probability in marginal.items() if probability * trials >= 8]
-    counts = [seen.count(tokens) for tokens in common]
-    expected = [marginal[tokens] * trials for tokens in common]
-    if len(common) < len(marginal) and (rest := trials - sum(expected)) > 1:
-        counts, expected = [*counts, trials - sum(counts)], [*expected, rest]
-    scale = sum(counts) / sum(expected)
-    return counts, [value * scale for value in expected]
 
 
 class RowsAreIndependentTest(parameterized.TestCase):
@@ -168,9 +130,9 @@ class RowsAreIndependentTest(parameterized.TestCase):
             make_request("penalised", (7, 7), seed=7, temperature=3.0, presence_penalty=1.0, max_tokens=20, logprobs=3),
             make_request("long", tuple(range(12)) * 2, max_tokens=60),
         ]
-        alone = {r.request_id: serve(pairs, depth, [r])[r.request_id].completion for r in mixed}
+        alone = {r.request_id: serve(pairs, [r])[r.request_id].completion for r in mixed}
         for order in itertools.islice(itertools.permutations(mixed), 0, 120, 17):
-            together = serve(pairs, depth, order)
+            together = serve(pairs, order)
             for name, completion in alone.items():
                 self.assertEqual(together[name].completion.token_ids, completion.token_ids, name)
 
@@ -179,7 +141,7 @@ class RowsAreIndependentTest(parameterized.TestCase):
         tokens = []
         for seed in (1, 1, 2):
             request = make_request("a", (1,), seed=seed, temperature=4.0, max_tokens=40)
-            tokens.append(serve(pairs, 3, [request])["a"].completion.token_ids)
+            tokens.append(serve(pairs, [request])["a"].completion.token_ids)
         self.assertEqual(tokens[0], tokens[1])
         self.assertNotEqual(tokens[0], tokens[2])
 
@@ -219,13 +181,13 @@ class PrefillEqualsSteppingTest(parameterized.TestCase):
             "cached": {},
         }.items():
             pairs = tiny_pairs(depth, num_pairs=1, **settings)
-            ends = serve(pairs, depth, requests)
+            ends = serve(pairs, requests)
             outputs[name] = [ends[request.request_id].completion.token_ids for request in requests]
             hits = pairs[0].prefill_store.hit_tokens
             self.assertEqual(hits > 0, name == "cached")
             if name == "cached":
                 self.assertGreater(sum(end.metrics.cached_tokens for end in ends.values()), 4 * 24)
-                again = serve(pairs, depth, requests)  # all hit now
+                again = serve(pairs, requests)  # all hit now
                 outputs["again"] = [again[request.request_id].completion.token_ids for request in requests]
                 self.assertGreater(pairs[0].prefill_store.hit_tokens, 2 * hits)
         for name, got in outputs.items():
@@ -287,7 +249,7 @@ class CacheTest(parameterized.TestCase):
     def test_meshes_of_different_size_hand_over_without_compiling(self, prefill, decode, draft_kv):
         pairs = tiny_pairs(3, num_pairs=1, devices=prefill, decode_devices=decode, draft_kv=draft_kv, draft_seed=0)
         requests = [make_request(str(i), prompt, max_tokens=12) for i, prompt in enumerate(_prompts(6, seed=21))]
-        scheduler = doubles.tiny_scheduler(pairs, 3)  # it compiles its router
+        scheduler = doubles.tiny_scheduler(pairs)  # it compiles its router
         counter = CompilationCounter(forbid=True)
         counter.on = True
         try:
@@ -305,7 +267,7 @@ class CacheTest(parameterized.TestCase):
     def test_colocated_pairs_move_nothing_and_give_the_same_tokens(self):
         pairs = tiny_pairs(3, num_pairs=1, topology="colocated", draft_seed=0)
         requests = [make_request(str(i), prompt, max_tokens=12) for i, prompt in enumerate(_prompts(9, seed=22))]
-        ends = serve(pairs, 3, requests)
+        ends = serve(pairs, requests)
         for request in requests:
             got = ends[request.request_id]
             self.assertEqual(list(got.completion.token_ids), plain_greedy(TARGET, request.prompt_token_ids, 12))
@@ -328,7 +290,7 @@ class CacheTest(parameterized.TestCase):
 class LoopTest(parameterized.TestCase):
     def test_nothing_compiles_after_warmup_whatever_the_mix(self):
         pairs = tiny_pairs(3)
-        scheduler = doubles.tiny_scheduler(pairs, 3)  # it compiles its router
+        scheduler = doubles.tiny_scheduler(pairs)  # it compiles its router
         counter = CompilationCounter(forbid=True)
         counter.on = True
         requests = [
@@ -353,7 +315,7 @@ class LoopTest(parameterized.TestCase):
             make_request("stops", (1, 2), stop_ids=tuple(range(9)), max_tokens=2),
             make_request("fine", (1, 2), max_tokens=5),
         ]
-        ends = serve(tiny_pairs(3), 3, requests)
+        ends = serve(tiny_pairs(3), requests)
         self.assertEqual(ends["no"].error, "because")
         self.assertRegex(ends["long"].error, "97 tokens do not fit into a row of 96")
         self.assertRegex(ends["stops"].error, "9 stop token ids given, the engine is configured for at most 8")
@@ -371,7 +333,7 @@ class LoopTest(parameterized.TestCase):
 
     def test_an_abandoned_run_leaves_nothing_behind(self):
         pairs = tiny_pairs(3)
-        scheduler = doubles.tiny_scheduler(pairs, 3)
+        scheduler = doubles.tiny_scheduler(pairs)
         requests = [make_request(str(i), (1, 2, 3), max_tokens=2 if i == 0 else 60) for i in range(9)]
         run = scheduler.run(iter(requests))
         next(run)
@@ -397,7 +359,7 @@ class LoopTest(parameterized.TestCase):
                 reads.append([array.shape for array in pending.packed])
                 return read(pending)
 
-        scheduler = doubles.tiny_scheduler([Counting()], 3)
+        scheduler = doubles.tiny_scheduler([Counting()])
         ends = list(scheduler.run([make_request(str(i), (1, 2), max_tokens=30, logprobs=2) for i in range(5)]))
         self.assertLen(ends, 5)
         self.assertLen(reads, scheduler.counters().ticks)

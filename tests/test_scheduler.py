@@ -93,7 +93,7 @@ class OrderTest(parameterized.TestCase):
 class LanesTest(parameterized.TestCase):
     def _bench(self, pairs):
         bench = Bench(pairs)
-        flowguard = FlowGuard(round_robin, num_lanes=len(pairs), seed=0, device=mesh.control_device())
+        flowguard = FlowGuard(round_robin, num_lanes=len(pairs), seed=0)
         bench.scheduler = fake_scheduler(pairs, clock=bench.clock, flowguard=flowguard)
         return bench
 

@@ -34,8 +34,10 @@ ALLOWED = {
     "sequence": ROOT_RECORDS | {"tokenizer", "lifecycle"},
     "pair_protocol": ROOT_RECORDS,
     "lane_log": {"trace"},
-    "lane": ROOT_RECORDS | {"sequence", "lifecycle", "trace", "lane_log", "pair_protocol"},
-    "scheduler": ROOT_RECORDS | {"flowguard", "sequence", "lane", "pair_protocol", "lifecycle", "trace", "waiting"},
+    "lane": ROOT_RECORDS | {"sequence", "lifecycle", "trace", "lane_log", "pair_protocol", "specustream"},
+    "scheduler": ROOT_RECORDS
+    | {"flowguard", "specustream", "sequence", "lane", "pair_protocol", "lifecycle", "trace", "waiting"},
+    "parts": ROOT_RECORDS | {"mesh", "bandits", "flowguard", "models", "pipeserve", "specustream", "tokenizer"},
     "prompts": ROOT_RECORDS | {"scheduler", "tokenizer"},
 }
 EVERYTHING = {"llm", "__init__"}

@@ -4,23 +4,21 @@ from collections.abc import Callable, Sequence
 
 from streamserve.bandits import HostPolicy, Policy
 from streamserve.flowguard import signals
-from streamserve.types import Device, LaneStats
+from streamserve.types import LaneStats
 
 
 class FlowGuard:
     """A routing policy behind a guard."""
 
-    def __init__(self, make_policy: Callable[[int], Policy], *, num_lanes: int, seed: int, device: Device):
-        """Build and compile the policy.
+    def __init__(self, make_policy: Callable[[int], Policy], *, num_lanes: int, seed: int):
+        """Build the policy.
 
         Args:
           make_policy: `num_lanes -> Policy` over the context of `signals.context`.
           num_lanes: stream pairs, one arm each.
           seed: of the policy.
-          device: host device that no model runs on; any for a single lane, where the policy is never asked.
         """
-        shape = (num_lanes, len(signals.SIGNALS))
-        self._policy = HostPolicy(make_policy(num_lanes), context_shape=shape, seed=seed, device=device)
+        self._policy = HostPolicy(make_policy(num_lanes), num_arms=num_lanes, seed=seed)
 
     def route(self, lanes: Sequence[LaneStats], eligible: Sequence[bool]) -> int:
         """Choose a lane for the next request.
@@ -38,7 +36,7 @@ class FlowGuard:
         if not any(eligible):
             raise ValueError("no lane can take a request; the scheduler has to wait")
         if len(eligible) == 1:
-            return 0  # nothing to decide, and a decision costs a third of a millisecond
+            return 0
         arm = int(self._policy.choose(signals.context(lanes, eligible)).arm)
         if not 0 <= arm < len(eligible) or not eligible[arm]:
             raise ValueError(f"the routing policy chose lane {arm}, which may not take the request ({eligible=})")

@@ -1,5 +1,6 @@
 """PipeServe: disaggregated prefill and decode over stream pairs."""
 
+from streamserve.pipeserve.measure import context_lengths, measure_costs
 from streamserve.pipeserve.pair import StreamPair
 from streamserve.pipeserve.programs import CompilationCounter, CompilationError, PairModels, Programs
 from streamserve.pipeserve.sizes import LaneSizes, lane_sizes
@@ -12,7 +13,9 @@ __all__ = [
     "PairModels",
     "Programs",
     "StreamPair",
+    "context_lengths",
     "lane_sizes",
+    "measure_costs",
     "persistent_cache",
     "warm_up",
 ]

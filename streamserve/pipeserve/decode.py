@@ -33,6 +33,8 @@ def empty_state(prefix: Prefix, slots: int) -> DecodeState:
         finish=zeros,
         first_pending=jnp.zeros((slots,), bool),
         first_logprobs=jax.tree.map(widen, prefix.first_logprobs),
+        draft_length=zeros,
+        history=widen(prefix.history),
         context=RowContext(
             row=row, prompt_seen=widen(prefix.prompt_seen), output_counts=widen(prefix.output_counts), emitted=zeros
         ),
@@ -59,6 +61,8 @@ def insert(state: DecodeState, prefix: Prefix, slot: jax.Array) -> DecodeState:
         finish=state.finish.at[slot].set(code),
         first_pending=put(state.first_pending, prefix.first_pending & prefix.finite),
         first_logprobs=jax.tree.map(put, state.first_logprobs, prefix.first_logprobs),
+        draft_length=put(state.draft_length, prefix.draft_length),
+        history=put(state.history, prefix.history),
         context=RowContext(
             row=jax.tree.map(put, old.row, row),
             prompt_seen=put(old.prompt_seen, prefix.prompt_seen),

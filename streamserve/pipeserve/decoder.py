@@ -1,5 +1,6 @@
 """The host side of a decode mesh: who holds which slot and which pages, and the ticks over them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ from streamserve.pipeserve import decode
 from streamserve.pipeserve.packing import Packed
 from streamserve.pipeserve.programs import Programs
 from streamserve.pipeserve.store import Holding, PageStore
-from streamserve.types import Deferred, PrefillBatch, Request, RowParams, StepOutput
+from streamserve.types import Deferred, PrefillBatch, Request, RowParams, StepOutput, StepPlan
+
+_MAX_PLANS = 64  # plans kept on the device
 
 
 class PendingStep(NamedTuple):
@@ -42,6 +45,8 @@ class Decoder:
 
     def __init__(self, programs: Programs, store: PageStore):
         self._programs, self._store, self._sizes = programs, store, programs.sizes
+        self._memory = programs.draft_memory  # what the drafter has learnt, on the host
+        self._draft_params: Any = programs.decode_params[1]  # and all that it knows, on the device
         self._start_over()
 
     def _start_over(self) -> None:
@@ -50,6 +55,7 @@ class Decoder:
         self._holders: dict[int, Holder] = {}
         self._table = np.full((sizes.slots, sizes.columns), SCRATCH_PAGE, np.int32)
         self._placed: dict[int, Any] = {}  # the table on the device, by slots; emptied when it changes
+        self._plans: dict[tuple[int, bytes], Any] = {}  # plans on the device, by slots and content
 
     @property
     def num_free(self) -> int:
@@ -87,7 +93,7 @@ class Decoder:
             count = min(sizes.pages(len(tokens)) - first, sizes.tiles[-1])
             size = next(size for size in sizes.tiles if size >= count)
             batch = self._draft_batch(holding, tokens, first, count, size)
-            draft_params = self._programs.decode_params[1]
+            draft_params = self._draft_params
             placed = self._programs.to_decode(batch)
             self._store.pools = self._programs.draft_prefill[size](draft_params, self._store.pools, placed)
 
@@ -132,17 +138,39 @@ class Decoder:
             self._show(slot, holding)
         return refusal
 
-    def step(self, tier: int) -> PendingStep:
-        """Dispatch one tick over as few slots as are held, and the copy of its output to the host."""
+    def step(self, tier: int, plan: StepPlan) -> PendingStep:
+        """Dispatch one tick over as few slots as are held, and the copy of its output to the host.
+
+        Args:
+          tier: depth of the program.
+          plan: how it drafts, numpy arrays of all slots.
+        """
         batch = next(size for size in self._sizes.batches if size > max(self._holders))
         if batch not in self._placed:
             self._placed[batch] = self._programs.to_decode(self._table[:batch].copy())
-        params, program = self._programs.decode_params, self._programs.step[batch, tier]
-        self._store.pools, self._state, *packed = program(*params, self._store.pools, self._state, self._placed[batch])
+        program, placed = self._programs.step[batch, tier], (self._placed[batch], self._place_plan(plan, batch))
+        params = (self._programs.decode_params[0], self._draft_params)
+        self._store.pools, self._state, *packed = program(*params, self._store.pools, self._state, *placed)
         wants = any(holder.request.params.logprobs is not None for holder in self._holders.values())
         wanted = tuple(packed if wants else packed[:1])
         self._programs.start_read(wanted)
         return PendingStep((batch, tier), wanted)
+
+    def _place_plan(self, plan: StepPlan, batch: int) -> StepPlan:
+        """Copy a plan to the device, unless it is there: most ticks have the plan of an earlier one."""
+        plan = dataclasses.replace(plan, depth=plan.depth[:batch])
+        key = (batch, b"".join(leaf.tobytes() for leaf in jax.tree.leaves(plan)))
+        if key not in self._plans:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            self._plans[key] = self._programs.to_decode(plan)
+        return self._plans[key]
+
+    def remember(self, tokens: tuple[int, ...]) -> None:
+        """Let a drafter that learns from answered requests learn from one."""
+        if self._programs.remember is not None:
+            self._memory = self._programs.remember(self._memory, tokens)
+            self._draft_params = self._programs.to_decode(self._memory)
 
     def read(self, pending: PendingStep) -> StepOutput:
         """Wait for a tick's output: the one device-to-host copy of a tick."""

@@ -16,7 +16,7 @@ from streamserve.pipeserve.packing import Packed
 from streamserve.pipeserve.prefiller import PrefillCall, Prefiller, PrefillTask, resumed_prefix
 from streamserve.pipeserve.programs import Programs
 from streamserve.pipeserve.store import Holding, PageStore
-from streamserve.types import Deferred, Job, RowParams, StepOutput, TokenLogprobs
+from streamserve.types import Deferred, Job, RowParams, StepOutput, StepPlan, TokenLogprobs
 
 
 class Kept(NamedTuple):
@@ -101,6 +101,11 @@ class StreamPair:
         return self.decode_store.num_free
 
     @property
+    def num_pages(self) -> int:
+        """Pages of the decode mesh that can be owned."""
+        return self.decode_store.num_pages
+
+    @property
     def waiting_tiles(self) -> int:
         """Tiles of prompts that no prefill call has taken yet."""
         return sum(task.num_waiting for task in self._prefiller.tasks)
@@ -170,8 +175,10 @@ class StreamPair:
         if isinstance(holding, Deferred):
             return holding
         try:
-            prefix = self.programs.pack(resumed_prefix(kept.job, kept.row, self.programs))
-            prefix = self.programs.to_decode(prefix)
+            # The drafter may have fallen behind, and how far only the device knows; its prompt it has read.
+            read = len(kept.job.request.prompt_token_ids)
+            prefix = resumed_prefix(kept.job, kept.row, self.programs, draft_length=read)
+            prefix = self.programs.to_decode(self.programs.pack(prefix))
             groups = tuple(group._replace(pages=self.programs.transfer(group.pages)[0]) for group in kept.groups)
         except RuntimeError as error:
             self.decode_store.drop(holding)
@@ -225,9 +232,13 @@ class StreamPair:
         """Let a slot have pages for `num_tokens` tokens; a tick must not emit more than there are pages for."""
         return self._decoder.ensure(slot, num_tokens)
 
-    def step(self, tier: int) -> PendingStep:
-        """Dispatch one tick at draft depth `tier`."""
-        return self._decoder.step(tier)
+    def step(self, tier: int, plan: StepPlan) -> PendingStep:
+        """Dispatch one tick by the program of depth `tier`, which drafts as `plan`, of all slots, says."""
+        return self._decoder.step(tier, plan)
+
+    def remember(self, tokens: tuple[int, ...]) -> None:
+        """Let a drafter that learns from answered requests learn from one."""
+        self._decoder.remember(tokens)
 
     def is_done(self, pending: PendingStep) -> bool:
         """Whether a tick is done, without waiting for it."""

@@ -78,7 +78,7 @@ def make_first(target: ForwardFns, *, max_logprobs: int) -> Callable[..., Prefix
     """Build the sampling of the token after the prompt.
 
     Returns:
-      `(target_params, tail_hidden_YE, tile_1, length_1, prev_token_1, prompt_seen_1V, row) -> Prefix`.
+      `(target_params, tail_hidden_YE, tile_1, length_1, prev_token_1, history_1C, prompt_seen_1V, row) -> Prefix`.
     """
 
     def first(
@@ -87,6 +87,7 @@ def make_first(target: ForwardFns, *, max_logprobs: int) -> Callable[..., Prefix
         tile_1: jax.Array,
         length_1: jax.Array,
         prev_token_1: jax.Array,
+        history_1C: jax.Array,
         prompt_seen_1V: jax.Array,
         row: RowParams,
     ) -> Prefix:
@@ -106,6 +107,8 @@ def make_first(target: ForwardFns, *, max_logprobs: int) -> Callable[..., Prefix
             first_pending=jnp.ones(1, bool),
             finite=jnp.isfinite(jnp.max(logits_11V[:, 0], axis=-1)),
             first_logprobs=sampling.token_logprobs(logits_11V[:, 0], first_1, row.wants_logprobs[0], max_logprobs),
+            draft_length=length_1,
+            history=history_1C.at[jnp.zeros(1, jnp.int32), length_1].set(first_1, mode="drop"),
             prompt_seen=prompt_seen_1V,
             output_counts=sampling.count_tokens(counts_1V, first_1[:, None]),
             row=row,

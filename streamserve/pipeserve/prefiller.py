@@ -132,12 +132,13 @@ class Prefiller:
         hidden, place = task.tail
         programs = self._programs
         length, prev_token = _int32(1, fill=len(task.tokens)), _int32(1, fill=task.tokens[-1])
-        inputs = (_int32(1, fill=place), length, prev_token, _seen(task.tokens, programs.vocab_size), task.row)
+        history, seen = _history(task.tokens, programs.history_tokens), _seen(task.tokens, programs.vocab_size)
+        inputs = (_int32(1, fill=place), length, prev_token, history, seen, task.row)
         return programs.first(programs.prefill_params[0], hidden, programs.to_prefill(programs.pack(inputs)))
 
     def resumed(self, task: PrefillTask) -> Packed:
         """Describe where a preempted request goes on, on the decode mesh. Its prompt has been computed again."""
-        prefix = resumed_prefix(task.job, task.row, self._programs)
+        prefix = resumed_prefix(task.job, task.row, self._programs, draft_length=len(task.tokens))
         return self._programs.to_decode(self._programs.pack(prefix))
 
     def read_prompt_logprobs(self, task: PrefillTask) -> TokenLogprobs:
@@ -183,8 +184,15 @@ class Prefiller:
         )
 
 
-def resumed_prefix(job: Job, row: RowParams, programs: Programs) -> Prefix:
-    """Describe on the host where a preempted request goes on: after its latest token, which no page holds."""
+def resumed_prefix(job: Job, row: RowParams, programs: Programs, *, draft_length: int) -> Prefix:
+    """Describe on the host where a preempted request goes on: after its latest token, which no page holds.
+
+    Args:
+      job: request and output so far.
+      row: its sampling parameters.
+      programs: whose shapes it takes.
+      draft_length: tokens that the drafter has certainly read.
+    """
     tokens = job.tokens
     counts: Any = np.bincount(job.output, minlength=programs.vocab_size)[None].astype(np.int32)
     return Prefix(
@@ -195,6 +203,8 @@ def resumed_prefix(job: Job, row: RowParams, programs: Programs) -> Prefix:
         first_pending=_bool(False),
         finite=_bool(True),
         first_logprobs=_no_logprobs(programs.config.max_logprobs),
+        draft_length=_int32(1, fill=draft_length),
+        history=_history((*tokens, job.output[-1]), programs.history_tokens),
         prompt_seen=_seen(job.request.prompt_token_ids, programs.vocab_size),
         output_counts=counts,
         row=row,
@@ -206,6 +216,12 @@ def resumed_prefix(job: Job, row: RowParams, programs: Programs) -> Prefix:
 
 def _int32(*dims: int, fill: int = 0) -> Any:
     return np.full(dims, fill, np.int32)
+
+
+def _history(tokens: Sequence[int], width: int) -> Any:
+    history = _int32(1, width)
+    history[0, : len(tokens)] = tokens[:width]
+    return history
 
 
 def _bool(value: bool) -> Any:

@@ -24,7 +24,7 @@ from streamserve.pipeserve.transfer import shardings, split_pages, transfer
 from streamserve.sampling_params import SamplingParams
 from streamserve.specustream.drafters import Drafter
 from streamserve.specustream.step import make_step
-from streamserve.specustream.verify import VerifyFn
+from streamserve.specustream.verify import Verifier
 from streamserve.types import (
     DecodeState,
     ForwardFns,
@@ -36,6 +36,7 @@ from streamserve.types import (
     Request,
     RowParams,
     StepOutput,
+    StepPlan,
 )
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # of jax.monitoring, once per compilation
@@ -70,9 +71,10 @@ class PairModels(NamedTuple):
     kv_shape: KVShape
     vocab_size: int
     drafter: Drafter
-    verify: VerifyFn
+    verifier: Verifier
     prefill_params: tuple[Any, Any]  # of target and drafter, on the prefill mesh
     decode_params: tuple[Any, Any]  # of target and drafter, on the decode mesh
+    synthetic: bool = False  # what is accepted is drawn from the plan
 
 
 class Programs:
@@ -89,9 +91,12 @@ class Programs:
       keep, restore: as `take` and `put`, from the decode mesh and back; empty unless preemption keeps pages.
       insert: `(state, packed Prefix, slot) -> state`.
       release: `(state, slot) -> state`.
-      step: by slots and depth: `(target_params, draft_params, pools, state, table) -> (pools, state, packed, packed
-        log-probabilities)`.
+      step: by slots and depth: `(target_params, draft_params, pools, state, table, plan) -> (pools, state, packed,
+        packed log-probabilities)`.
       step_shapes: by slots and depth, what `step` packs.
+      remember: how the drafter learns from answered requests, on the host; None where it does not.
+      draft_memory: what it starts with, as numpy arrays.
+      history_tokens: room for a row's tokens in the decode state; 0 where nobody drafts.
     """
 
     def __init__(self, meshes: PairMeshes, models: PairModels, config: PipeServeConfig, sizes: LaneSizes):
@@ -115,6 +120,10 @@ class Programs:
         self.step: dict[tuple[int, int], Callable[..., tuple[Pools, DecodeState, jax.Array, jax.Array]]] = {}
         self.step_shapes: dict[tuple[int, int], StepOutput] = {}
         self._meshes, self._models = meshes, models
+        drafter = models.drafter
+        self.remember, self.draft_memory = drafter.remember, drafter.params
+        # A drafter looks tokens up, or falls behind in ticks that draft nothing and has to read them later.
+        self.history_tokens = sizes.columns * sizes.page_size if max(sizes.tiers) else 0
         self._allocators: dict[str, Callable[[], Any]] = {}
         self._row = row_shape(max_stop_ids=config.max_stop_ids, max_logit_bias=config.max_logit_bias)
 
@@ -251,25 +260,27 @@ class Programs:
         step = make_step(
             models.target,
             models.drafter,
-            models.verify,
+            models.verifier,
             depth=tier,
             rounds=config.rounds_per_tick,
             max_logprobs=config.max_logprobs,
+            synthetic=models.synthetic,
         )
 
         def tick(
-            target_params: Any, draft_params: Any, pools: Pools, state: DecodeState, table_BM: jax.Array
+            target_params: Any, draft_params: Any, pools: Pools, state: DecodeState, table_BM: jax.Array, plan: StepPlan
         ) -> tuple[Pools, DecodeState, jax.Array, jax.Array]:
             part = decode.narrow(state, batch)
-            pools, part, output = step(target_params, draft_params, pools, part, table_BM)
+            pools, part, output = step(target_params, draft_params, pools, part, table_BM, plan)
             return pools, decode.widen(state, part), *decode.pack(output)
 
         table = on_mesh(jax.ShapeDtypeStruct((batch, self.sizes.columns), jnp.int32), mesh)
         narrow = jax.eval_shape(lambda whole: decode.narrow(whole, batch), state)
-        self.step_shapes[batch, tier] = jax.eval_shape(step, *models.decode_params, pools, narrow, table)[2]
+        plan = on_mesh(self._plan_shape(batch), mesh)
+        self.step_shapes[batch, tier] = jax.eval_shape(step, *models.decode_params, pools, narrow, table, plan)[2]
         where = (shardings(pools, mesh), shardings(state, mesh), replicated(mesh), replicated(mesh))
         jitted = jax.jit(tick, donate_argnums=(2, 3), out_shardings=where)
-        self.step[batch, tier] = jitted.lower(*models.decode_params, pools, state, table).compile()
+        self.step[batch, tier] = jitted.lower(*models.decode_params, pools, state, table, plan).compile()
 
     def _compile_prefill(self, tiles: int, pools: Any) -> None:
         models, mesh = self._models, self._meshes.prefill
@@ -361,6 +372,16 @@ class Programs:
             wants_logprobs=flag,
         )
 
+    def _plan_shape(self, batch: int) -> StepPlan:
+        shape: Callable[..., Any] = jax.ShapeDtypeStruct
+        return StepPlan(
+            depth=shape((batch,), jnp.int32),
+            rule=shape((), jnp.int32),
+            threshold=shape((), jnp.float32),
+            wants_divergence=shape((), jnp.bool_),
+            acceptance=shape((max(self.sizes.tiers),), jnp.float32),
+        )
+
     def _first_fn(self) -> Callable[..., Prefix]:
         return make_first(self._models.target, max_logprobs=self.config.max_logprobs)
 
@@ -373,7 +394,9 @@ class Programs:
         batch = self._batch_shape(self.sizes.tiles[0])
         hidden = jax.eval_shape(prefill, *self._models.prefill_params, pools, batch)[1].tail_hidden
         number = jax.ShapeDtypeStruct((1,), jnp.int32)
-        return hidden, (number, number, number, jax.ShapeDtypeStruct((1, self.vocab_size), jnp.bool_), self._row)
+        history = jax.ShapeDtypeStruct((1, self.history_tokens), jnp.int32)
+        seen = jax.ShapeDtypeStruct((1, self.vocab_size), jnp.bool_)
+        return hidden, (number, number, number, history, seen, self._row)
 
     def prefix_shape(self) -> Prefix:
         """Shapes of what travels with pages."""

@@ -57,6 +57,11 @@ class PageStore:
         return self.ledger.num_free
 
     @property
+    def num_pages(self) -> int:
+        """Pages that can be owned."""
+        return self.ledger.capacity
+
+    @property
     def is_lost(self) -> bool:
         """Whether a program took the pools and did not give them back."""
         return any(leaf.is_deleted() for leaf in jax.tree.leaves(self.pools))

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import pathlib
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -38,7 +37,7 @@ def persistent_cache(folder: str | None) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def warm_up(pairs: Sequence[StreamPair], *, use_tqdm: bool) -> tuple[float, int]:
+def warm_up(pairs: Sequence[StreamPair], *, use_tqdm: bool) -> int:
     """Compile every program of every lane, the slow ones first.
 
     Args:
@@ -46,9 +45,8 @@ def warm_up(pairs: Sequence[StreamPair], *, use_tqdm: bool) -> tuple[float, int]
       use_tqdm: show a progress bar.
 
     Returns:
-      Seconds that it took, and the number of programs.
+      The number of programs.
     """
-    begin = time.monotonic()
     jobs = [(f"lane {pair.index}, {name}", compile_) for pair in pairs for name, compile_ in pair.compilations()]
     with (
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
@@ -62,4 +60,4 @@ def warm_up(pairs: Sequence[StreamPair], *, use_tqdm: bool) -> tuple[float, int]
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C: what has not begun never does
-    return time.monotonic() - begin, len(jobs)
+    return len(jobs)

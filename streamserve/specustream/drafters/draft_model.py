@@ -1,6 +1,5 @@
 """Drafting by a smaller model with the target's vocabulary. Its pages have the numbers of the target's pages."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,23 +7,27 @@ import jax.numpy as jnp
 
 from streamserve import sampling
 from streamserve.kv import cache
+from streamserve.specustream.drafters import stopping
 from streamserve.specustream.drafters.base import Drafter, DraftRows
-from streamserve.types import Draft, ForwardFns, KVCache, KVPool, KVShape, RowContext
+from streamserve.types import Draft, ForwardFns, KVCache, KVPool, KVShape, RowParams
 
 
 class _Carry(NamedTuple):
     """Carry of the loop over drafted tokens."""
 
+    k: jax.Array  # [] int32, the position that comes next
+    going_B: jax.Array  # rows that draft it
     tokens_B2: jax.Array  # the two latest tokens
-    drafted_BK: jax.Array
+    draft: Draft
     pool: KVPool
 
 
 def draft_model(fns: ForwardFns, kv_shape: KVShape) -> Drafter:
-    """Build a drafter that samples `depth` tokens one by one from a draft model.
+    """Build a drafter that samples tokens one by one from a draft model, until no row goes on.
 
     The draft goes through the same penalties, temperature and filters as the target, so that it aims at the
-    distribution it is judged by.
+    distribution it is judged by. Every pass reads two tokens, because the last accepted one may not be in the draft's
+    pages yet. A row that has stopped goes along with the others; what it writes then, nobody reads.
 
     Args:
       fns: the draft model.
@@ -38,41 +41,52 @@ def draft_model(fns: ForwardFns, kv_shape: KVShape) -> Drafter:
         return fns.forward(params, tokens_XP, KVCache(pool=pool, table=table_XM), start_X)[1].pool
 
     def propose(params: Any, pool: KVPool, table_BM: jax.Array, rows: DraftRows, *, depth: int) -> tuple[Draft, KVPool]:
+        row = rows.context.row
         start_B = jnp.where(rows.active, rows.length - 1, 0)
+        limit_B = jnp.where(rows.active, jnp.minimum(rows.plan.depth, depth), 0)
 
-        def draft_one(carry: _Carry, k: jax.Array) -> tuple[_Carry, jax.Array]:
-            seen = KVCache(pool=carry.pool, table=table_BM)
-            hidden_B2E, after = fns.forward(params, carry.tokens_B2, seen, start_B + k)
-            logits_B1V = fns.logits(params, hidden_B2E[:, -1:])
-            logits_B1V = sampling.adjust(logits_B1V, rows.context, carry.drafted_BK, k)
-            probs_BV, token_B = jax.lax.cond(
-                sampling.all_greedy(rows.context.row),
-                _most_likely,
-                functools.partial(_drawn, rows.context, k),
-                logits_B1V,
+        def draft_one(carry: _Carry) -> _Carry:
+            k, draft = carry.k, carry.draft
+            hidden_B2E, after = fns.forward(
+                params, carry.tokens_B2, KVCache(pool=carry.pool, table=table_BM), start_B + k
             )
-            tokens_B2 = jnp.stack([carry.tokens_B2[:, 1], token_B], axis=1)
-            return _Carry(tokens_B2, carry.drafted_BK.at[:, k].set(token_B), after.pool), probs_BV
+            logits_B1V = fns.logits(params, hidden_B2E[:, -1:])
+            logits_B1V = sampling.adjust(logits_B1V, rows.context, draft.tokens, k)
+            logits_BV = logits_B1V[:, 0]
+            token_B = _choose(logits_B1V, row, rows.keys[:, k])
+            counts_B = carry.going_B & ~stopping.stops_before(rows.plan, logits_BV, row.temperature)
+            stops_B = stopping.stops_after(rows.plan, logits_BV, row.temperature, token_B)
+            draft = Draft(
+                tokens=draft.tokens.at[:, k].set(jnp.where(counts_B, token_B, 0)),
+                logits=draft.logits.at[:, k].set(jnp.where(counts_B[:, None], logits_BV, 0.0)),
+                length=draft.length + counts_B.astype(jnp.int32),
+            )
+            going_B = counts_B & ~stops_B & (k + 1 < limit_B)
+            return _Carry(k + 1, going_B, jnp.stack([carry.tokens_B2[:, 1], token_B], axis=1), draft, after.pool)
 
         with jax.named_scope("draft"):
             tokens_B2 = jnp.stack([rows.prev_token, rows.last_token], axis=1)
-            begin = _Carry(tokens_B2, jnp.zeros((start_B.shape[0], depth), jnp.int32), pool)
-            end, probs_KBV = jax.lax.scan(draft_one, begin, jnp.arange(depth))
-        draft = Draft(
-            tokens=end.drafted_BK, probs=jnp.swapaxes(probs_KBV, 0, 1), length=jnp.full_like(rows.length, depth)
-        )
-        return draft, end.pool
+            empty = _empty(limit_B.shape[0], depth, rows.context.output_counts.shape[1])
+            begin = _Carry(jnp.zeros((), jnp.int32), limit_B > 0, tokens_B2, empty, pool)
+            end = jax.lax.while_loop(lambda carry: jnp.any(carry.going_B), draft_one, begin)
+        return end.draft, end.pool
 
     return Drafter(pool=pool, prefill=prefill, propose=propose)
 
 
-def _most_likely(logits_B1V: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Choose greedily; the distributions are left out, since nobody reads them."""
-    return jnp.zeros_like(logits_B1V[:, 0]), jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32)
+def _empty(batch: int, depth: int, vocab: int) -> Draft:
+    """What positions hold that do not count."""
+    return Draft(
+        tokens=jnp.zeros((batch, depth), jnp.int32),
+        logits=jnp.zeros((batch, depth, vocab), jnp.float32),
+        length=jnp.zeros((batch,), jnp.int32),
+    )
 
 
-def _drawn(context: RowContext, k: jax.Array, logits_B1V: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draw the k-th token from the distribution that it will be judged by."""
-    probs_BV = sampling.probabilities(logits_B1V, context.row)[:, 0]
-    key_B = jax.vmap(jax.random.fold_in, (0, None))(sampling.draft_keys(context), k)
-    return probs_BV, sampling.sample(probs_BV, key_B)
+def _choose(logits_B1V: jax.Array, row: RowParams, key_B: jax.Array) -> jax.Array:
+    """Draw each row's token from the distribution that it will be judged by; greedily where no row samples."""
+    return jax.lax.cond(
+        sampling.all_greedy(row),
+        lambda: jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32),
+        lambda: sampling.sample(sampling.probabilities(logits_B1V, row)[:, 0], key_B),
+    )

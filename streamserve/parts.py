@@ -1,0 +1,322 @@
+"""Which factory stands behind a name of the config, and how a stream pair is put together from the parts.
+
+A user's own part is named `package.module:factory` and needs no change here.
+"""
+
+import copy
+import hashlib
+import importlib
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from streamserve import mesh as meshes
+from streamserve.bandits import Policy
+from streamserve.config import Config, SpeculationConfig
+from streamserve.flowguard import FlowGuard, round_robin
+from streamserve.models import Model, load_model, place, resolve_path
+from streamserve.pipeserve import (
+    LaneSizes,
+    PairModels,
+    Programs,
+    StreamPair,
+    context_lengths,
+    lane_sizes,
+    measure_costs,
+)
+from streamserve.specustream import (
+    CostTable,
+    DecisionLog,
+    DraftWay,
+    MakeDepthPolicy,
+    SpecuStream,
+    drafters,
+    nominal,
+    policies,
+    synthetic,
+    verify,
+)
+from streamserve.tokenizer import Tokenizer, load_tokenizer
+
+# Names in a config and the factories behind them: a new one is one more line.
+ROUTERS: Mapping[str, Callable[[int], Policy]] = {"round_robin": round_robin}
+POLICIES: Mapping[str, MakeDepthPolicy] = {
+    "adaedl": policies.adaedl,
+    "batch_table": policies.batch_table,
+    "budget": policies.budget,
+    "confidence_stop": policies.confidence_stop,
+    "dsde": policies.dsde,
+    "ema_tiers": policies.ema_tiers,
+    "exp3spec": policies.exp3spec,
+    "exp3spec_rate": policies.exp3spec_rate,
+    "goodput": policies.goodput,
+    "heuristic": policies.heuristic,
+    "nightjar": policies.nightjar,
+    "oracle": policies.oracle,
+    "specustream": policies.specustream,
+    "thompson": policies.thompson,
+    "ucbspec": policies.ucbspec,
+    "ucbspec_rate": policies.ucbspec_rate,
+}
+VERIFIERS: Mapping[str, Callable[[], verify.Verifier]] = {
+    "rejection": verify.rejection,
+    "block": verify.block,
+    "coupled": verify.coupled,
+}
+# Drafters that need no model of their own: `(vocab_size) -> Drafter`.
+DRAFTERS: Mapping[str, Callable[[int], drafters.Drafter]] = {"ngram": drafters.ngram, "suffix": drafters.suffix}
+MODEL_METHODS = ("draft_model", "synthetic")
+
+
+def find(kind: str, name: str, known: Mapping[str, Any], *, others: Sequence[str] = ()) -> Any:
+    """Find the factory behind a name.
+
+    Args:
+      kind: what it is, for the message.
+      name: a key of `known`, or `package.module:factory`.
+      known: names and factories.
+      others: names that stand for something else, for the message.
+
+    Raises:
+      ValueError: there is no such name, module or factory.
+    """
+    if name in known:
+        return known[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        names = ", ".join(sorted([*known, *others]))
+        raise ValueError(f"unknown {kind} {name!r}; known: {names}; or your own as 'package.module:factory'")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{kind} {name!r} cannot be imported: {error}") from error
+    if not callable(factory):
+        raise ValueError(f"{kind} {name!r} is not a factory but {type(factory).__name__}")
+    return factory
+
+
+def check_names(config: Config) -> None:
+    """Look every name up, before anything costly begins.
+
+    Raises:
+      ValueError: a name that stands for nothing.
+    """
+    speculation = config.speculation
+    find("routing.policy", config.routing.policy, ROUTERS)
+    find("speculation.verifier", speculation.verifier, VERIFIERS)
+    if speculation.policy != "fixed":
+        find("speculation.policy", speculation.policy, POLICIES, others=("fixed",))
+    if speculation.method not in ("none", *MODEL_METHODS):
+        find("speculation.method", speculation.method, DRAFTERS, others=("none", *MODEL_METHODS))
+    if speculation.policy == "oracle" and speculation.method != "synthetic":
+        raise ValueError("speculation.policy='oracle' knows the true acceptance, which only method='synthetic' has")
+    if speculation.acceptance is not None:
+        synthetic.parse(speculation.acceptance, max(speculation.depths))
+
+
+def make_policy(config: SpeculationConfig, slots: int, *, name: str | None = None) -> Policy:
+    """Build the depth policy of one lane.
+
+    Args:
+      config: names the policy and the depths.
+      slots: B.
+      name: of another policy; "fixed:2" for that depth.
+
+    Raises:
+      ValueError: a name that stands for nothing, or a depth that is not compiled.
+    """
+    name = config.policy if name is None else name
+    if name == "fixed" or name.startswith("fixed:"):
+        depth = int(name.removeprefix("fixed").removeprefix(":") or config.fixed_depth)
+        return policies.fixed(config.depths, slots, depth=depth)
+    factory = find("speculation.policy", name, POLICIES, others=("fixed",))
+    policy = factory(config.depths, slots)
+    if not isinstance(policy, Policy):
+        raise ValueError(f"speculation.policy {name!r} made a {type(policy).__name__}, not a Policy")
+    return policy
+
+
+def make_flowguard(config: Config) -> FlowGuard:
+    """Build the router."""
+    router = find("routing.policy", config.routing.policy, ROUTERS)
+    return FlowGuard(router, num_lanes=config.topology.num_pairs, seed=config.seed)
+
+
+def make_specustreams(
+    config: Config, pairs: Sequence[StreamPair], costs: CostTable, log: DecisionLog | None
+) -> list[SpecuStream]:
+    """Build what plans the ticks of each lane."""
+    speculation = config.speculation
+    process = None
+    if speculation.acceptance is not None:
+        process = synthetic.parse(speculation.acceptance, max(speculation.depths))
+    way = DraftWay(catches_up=speculation.method in MODEL_METHODS, process=process)
+    return [
+        SpecuStream(
+            make_policy(speculation, pair.num_slots),
+            copy.deepcopy(costs),
+            slots=pair.num_slots,
+            rounds=pair.sizes.rounds,
+            seed=config.seed,
+            lane=pair.index,
+            way=way,
+            log=log,
+        )
+        for pair in pairs
+    ]
+
+
+def lane_costs(config: Config, pairs: Sequence[StreamPair], target: Model, draft: Model | None) -> CostTable:
+    """Find out what a round costs at every depth: from an earlier start on this machine, or by measuring.
+
+    Nothing is measured where there is one depth alone.
+    """
+    sizes = pairs[0].sizes
+    if len(sizes.tiers) == 1:
+        return nominal(sizes.tiers, sizes.batches)
+    fingerprint = _fingerprint(config, sizes, target, draft)
+    if config.compilation_cache_dir is None:
+        return measure_costs(pairs[0], context_lengths(sizes.columns * sizes.page_size), fingerprint=fingerprint)
+    folder = pathlib.Path(config.compilation_cache_dir).expanduser()
+    path = folder / f"costs-{_digest(fingerprint)}.json"
+    if path.exists():
+        return CostTable.from_json(path.read_text(), fingerprint)
+    costs = measure_costs(pairs[0], context_lengths(sizes.columns * sizes.page_size), fingerprint=fingerprint)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(costs.to_json())
+    return costs
+
+
+def log_header(config: Config) -> dict[str, Any]:
+    """Say what a log of decisions is about, as far as its replay needs it."""
+    speculation = config.speculation
+    return {
+        "policy": speculation.policy,
+        "method": speculation.method,
+        "acceptance": speculation.acceptance,
+        "synthetic": speculation.method == "synthetic",
+        "tiers": list(speculation.depths),
+        "slots": config.pipeserve.max_num_seqs,
+        "seed": config.seed,
+    }
+
+
+def _fingerprint(config: Config, sizes: LaneSizes, target: Model, draft: Model | None) -> dict[str, str]:
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform} {device.device_kind}",
+        "cpus": str(os.cpu_count()),
+        "jax": jax.__version__,
+        "topology": repr(config.topology),
+        "sizes": repr(sizes),
+        "dtype": config.model.dtype,
+        "target": repr(target.config),
+        "draft": config.speculation.method if draft is None else repr(draft.config),
+    }
+
+
+def _digest(values: Mapping[str, str]) -> str:
+    return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:16]
+
+
+def load_target(config: Config, mesh: jax.sharding.Mesh) -> Model:
+    """Load the model that is served."""
+    return _load(config, str(resolve_path(config.model.model)), mesh)
+
+
+def load_draft(config: Config, target: Model, tokenizer: Tokenizer | None, mesh: jax.sharding.Mesh) -> Model | None:
+    """Load the draft model, if there is one, and let it speak the target's vocabulary.
+
+    Raises:
+      ValueError: its vocabulary is another one, and there is no tokenizer to compare them by.
+    """
+    speculation = config.speculation
+    if max(speculation.depths) == 0 or speculation.method not in MODEL_METHODS:
+        return None
+    assert speculation.model is not None, "the config has checked it"
+    path = resolve_path(speculation.model)
+    draft = _load(config, str(path), mesh)
+    same_size = draft.config.vocab_size == target.config.vocab_size
+    if tokenizer is None or not (path / "tokenizer.json").exists():
+        if not same_size:
+            raise ValueError(
+                f"the draft's vocabulary has {draft.config.vocab_size} tokens and the target's "
+                f"{target.config.vocab_size}; without both tokenizers they cannot be matched"
+            )
+        return draft
+    own, its = tokenizer.vocabulary(), load_tokenizer(path).vocabulary()
+    if same_size and own == its:
+        return draft
+    fns = drafters.tli_fns(draft.fns, own, its, target.config.vocab_size, draft.config.vocab_size)
+    return draft._replace(fns=fns)
+
+
+def max_model_len(config: Config, target: Model, draft: Model | None) -> int:
+    """Decide how long a request may be.
+
+    Raises:
+      ValueError: the models were not made for what the config asks for.
+    """
+    longest = target.config.max_position
+    if draft is not None:
+        longest = min(longest, draft.config.max_position)
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > longest:
+        raise ValueError(f"max_model_len={wanted} exceeds the {longest} positions that the model was made for")
+    return longest if wanted is None else wanted
+
+
+def make_drafter(config: SpeculationConfig, draft: Model | None, vocab_size: int) -> drafters.Drafter:
+    """Build what drafts."""
+    if draft is not None:
+        return drafters.draft_model(draft.fns, draft.kv_shape)
+    if max(config.depths) == 0:
+        return drafters.none()
+    factory = find("speculation.method", config.method, DRAFTERS, others=("none", *MODEL_METHODS))
+    drafter = factory(vocab_size)
+    if not isinstance(drafter, drafters.Drafter):
+        raise ValueError(f"speculation.method {config.method!r} made a {type(drafter).__name__}, not a Drafter")
+    return drafter
+
+
+def make_pairs(
+    config: Config, pairs: Sequence[meshes.PairMeshes], target: Model, draft: Model | None, longest: int
+) -> list[StreamPair]:
+    """Build the lanes, for requests of `longest` tokens; nothing is compiled yet."""
+    speculation = config.speculation
+    sizes = lane_sizes(config.pipeserve, max_model_len=longest, tiers=speculation.depths)
+    drafter = make_drafter(speculation, draft, target.config.vocab_size)
+    verifier = find("speculation.verifier", speculation.verifier, VERIFIERS)()
+    if not isinstance(verifier, verify.Verifier):
+        raise ValueError(f"speculation.verifier {speculation.verifier!r} made no Verifier")
+    lanes = []
+    for index, pair in enumerate(pairs):
+        models = PairModels(
+            target=target.fns,
+            kv_shape=target.kv_shape,
+            vocab_size=target.config.vocab_size,
+            drafter=drafter,
+            verifier=verifier,
+            prefill_params=_params_on(pair.prefill, target, draft, drafter),
+            decode_params=_params_on(pair.decode, target, draft, drafter),
+            synthetic=speculation.method == "synthetic",
+        )
+        lanes.append(StreamPair(index, Programs(pair, models, config.pipeserve, sizes)))
+    return lanes
+
+
+def _load(config: Config, path: str, mesh: jax.sharding.Mesh) -> Model:
+    dtype = np.dtype(jax.numpy.dtype(config.model.dtype))
+    return load_model(path, mesh, dtype=dtype, load_format=config.model.load_format, seed=config.seed)
+
+
+def _params_on(
+    mesh: jax.sharding.Mesh, target: Model, draft: Model | None, drafter: drafters.Drafter
+) -> tuple[Any, Any]:
+    """Parameters of target and drafter on a mesh."""
+    own = jax.device_put(drafter.params, meshes.replicated(mesh)) if draft is None else place(draft, mesh).params
+    return place(target, mesh).params, own
