@@ -46,7 +46,17 @@ def get_config() -> ml_collections.ConfigDict:
         "max_stop_ids": 8,
         "max_logit_bias": 64,
     }
-    config.speculation = {"method": "draft_model", "model": "bundled:draft", "num_speculative_tokens": 3}
+    config.speculation = {
+        "method": "draft_model",
+        "model": "bundled:draft",
+        "policy": "fixed",
+        "verifier": "rejection",
+        "num_speculative_tokens": 3,
+        "max_depth": config_dict.placeholder(int),
+        "tiers": (),
+        "acceptance": config_dict.placeholder(str),
+        "audit": False,
+    }
     config.routing = {"policy": "round_robin"}
     config.scheduler = {
         "max_waiting": 64,

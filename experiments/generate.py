@@ -6,8 +6,8 @@
 Input is JSON lines of any of the four kinds that `streamserve.workload` describes; without --input the bundled prompts
 run. The output has one line for every input line, in input order, written as soon as all earlier ones are; an existing
 file is replaced once input, config and model have proved good. A line that cannot be served gets an error line and the
-rest runs on. The workdir receives config.json, env.json, requests.jsonl (one line a request, in order of completion)
-and results.json.
+rest runs on. The workdir receives config.json, env.json, requests.jsonl (one line a request, in order of
+completion), results.json, trace.json, and decisions.jsonl where a policy chooses the depth of speculation.
 
 Exit codes: 0 all answered; 1 some lines failed; 2 arguments, config, model, input or output are unusable; 130 Ctrl-C,
 with complete lines in the output and `"interrupted": true` in results.json.
@@ -27,7 +27,7 @@ from absl import flags
 
 import streamserve
 from experiments import common
-from streamserve import answers, jsonl, metrics, report_table, workload
+from streamserve import answers, audit, jsonl, metrics, report_table, workload
 from streamserve.config import Config
 from streamserve.tokenizer import Tokenizer
 from streamserve.types import Prompt, RequestOutput
@@ -58,6 +58,10 @@ class Engine(Protocol):
         """Counters."""
         ...
 
+    def pin_depth(self, depth: int | None, /, *, tier: int | None = None) -> None:
+        """Decode at one depth, whatever the policy says."""
+        ...
+
     def close(self) -> None:
         """Finish the trace."""
         ...
@@ -66,7 +70,9 @@ class Engine(Protocol):
 class MakeEngine(Protocol):
     """What this script needs of `streamserve.LLM.from_config`."""
 
-    def __call__(self, config: Config, /, *, use_tqdm: bool, trace: pathlib.Path) -> Engine:
+    def __call__(
+        self, config: Config, /, *, use_tqdm: bool, trace: pathlib.Path, decisions: pathlib.Path | None
+    ) -> Engine:
         """Build the engine and compile everything."""
         ...
 
@@ -113,7 +119,12 @@ def _run(options: Options, make_engine: MakeEngine) -> int:
         common.write_json(options.workdir / "config.json", options.config)
         _reader(defaults, None)  # the defaults of a wrong config should not cost a compilation
         try:
-            engine = make_engine(config, use_tqdm=True, trace=options.workdir / "trace.json")
+            engine = make_engine(
+                config,
+                use_tqdm=True,
+                trace=options.workdir / "trace.json",
+                decisions=None if config.speculation.policy == "fixed" else options.workdir / "decisions.jsonl",
+            )
         except (ValueError, OSError) as error:
             raise common.RunError(str(error)) from None
         environment = common.environment(share_devices=config.topology.share_devices, command=options.command)
@@ -123,13 +134,20 @@ def _run(options: Options, make_engine: MakeEngine) -> int:
             model_name=config.model.model,
             num_spec_tokens=max(config.speculation.depths),
             created_s=int(time.time()),
+            synthetic=config.speculation.acceptance,
         )
-        with _Recorder(options, style) as recorder:
+        with _Recorder(options, style, audits=config.speculation.audit) as recorder:
             start_s = time.monotonic()
             interrupted = _serve(engine, reader.read(_readable(lines, options.input)), recorder)
             duration_s = time.monotonic() - start_s
         engine.close()
     results = metrics.summarise(recorder.tally, duration_s, engine.stats())
+    if config.speculation.acceptance is not None:
+        results["synthetic_acceptance"] = config.speculation.acceptance
+    if recorder.audited is not None and not interrupted:
+        found = audit.audit(engine, recorder.audited, depth=max(config.speculation.depths))
+        results["audit"] = dataclasses.asdict(found)
+        print(f"Audit: {found}")
     common.write_json(options.workdir / "results.json", results | ({"interrupted": True} if interrupted else {}))
     return _report(options, recorder, results, interrupted=interrupted)
 
@@ -148,8 +166,10 @@ def _serve(engine: Engine, entries: Iterator[workload.WorkItem | workload.BadLin
 class _Recorder:
     """Writes answers and numbers as they come."""
 
-    def __init__(self, options: Options, style: answers.AnswerFormat):
+    def __init__(self, options: Options, style: answers.AnswerFormat, *, audits: bool):
         self._options, self._style = options, style
+        self.audited: list[tuple[Prompt, RequestOutput]] | None = [] if audits else None
+        self._prompts: dict[str, Prompt] = {}  # in flight, where they will be audited
         self.tally = metrics.Tally()
         self.failures: list[str] = []  # the first few, for the message at the end
         self.in_flight: dict[str, workload.Origin] = {}
@@ -179,6 +199,8 @@ class _Recorder:
         for entry in entries:
             if isinstance(entry, workload.WorkItem):
                 self.in_flight[entry.prompt.request_id] = entry.origin
+                if self.audited is not None:
+                    self._prompts[entry.prompt.request_id] = entry.prompt
                 yield entry.prompt
             else:
                 self._write(entry.origin, answers.refusal(entry), {"error": entry.message})
@@ -193,6 +215,8 @@ class _Recorder:
         }
         self._write(origin, answers.answer(origin, output, self._style), numbers)
         self.tally.add(output)
+        if self.audited is not None:
+            self.audited.append((self._prompts.pop(output.request_id), output))
 
     def _write(self, origin: workload.Origin, answer: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
         if numbers["error"] is not None and len(self.failures) < MAX_LISTED_FAILURES:

@@ -25,11 +25,13 @@ class AnswerFormat:
       model_name: named in OpenAI answers to lines that name no model.
       num_spec_tokens: draft depth of the engine; 0 leaves speculation out of the metrics.
       created_s: time stamp of OpenAI answers, seconds since 1970.
+      synthetic: what acceptance was drawn from where it is synthetic, so that no output passes for the target's.
     """
 
     model_name: str
     num_spec_tokens: int
     created_s: int
+    synthetic: str | None = None
 
 
 def answer(origin: Origin, output: RequestOutput, style: AnswerFormat) -> JsonDict:
@@ -41,7 +43,7 @@ def answer(origin: Origin, output: RequestOutput, style: AnswerFormat) -> JsonDi
     body = _chat(origin, output) if origin.kind is LineKind.CHAT else _completion(origin, output)
     body |= {"created": style.created_s, "model": origin.model or style.model_name, "usage": _usage(output)}
     if style.num_spec_tokens:
-        body["metrics"] = {"speculative_decoding": speculation(output.metrics, style.num_spec_tokens)}
+        body["metrics"] = {"speculative_decoding": speculation(output.metrics, style)}
     return _batch(origin, {"status_code": 200, "request_id": f"req_{origin.line_number}", "body": body}, None)
 
 
@@ -90,8 +92,9 @@ def request_metrics(output: RequestOutput) -> JsonDict:
     return result
 
 
-def speculation(metrics: Sequence[RequestMetrics], num_spec_tokens: int) -> JsonDict:
+def speculation(metrics: Sequence[RequestMetrics], style: AnswerFormat) -> JsonDict:
     """Speculation of one request, in the fields of vLLM's `metrics.speculative_decoding`. Needs a depth above 0."""
+    num_spec_tokens = style.num_spec_tokens
     steps = [
         step
         for times in metrics
@@ -113,6 +116,8 @@ def speculation(metrics: Sequence[RequestMetrics], num_spec_tokens: int) -> Json
     }
     if steps:
         result |= {"mean_acceptance_length": 1 + accepted / len(steps), "draft_acceptance_rate": accepted / drafted}
+    if style.synthetic is not None:
+        result["synthetic_acceptance"] = style.synthetic
     return result
 
 
@@ -137,7 +142,7 @@ def _plain(origin: Origin, output: RequestOutput, style: AnswerFormat) -> JsonDi
         ]
     metrics = request_metrics(output)
     if style.num_spec_tokens:
-        metrics["speculative_decoding"] = speculation(output.metrics, style.num_spec_tokens)
+        metrics["speculative_decoding"] = speculation(output.metrics, style)
     return result | {"metrics": metrics}
 
 

@@ -7,17 +7,15 @@ becomes requests and requests become an output; everything else is the component
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import tqdm
 
 from streamserve import mesh as meshes
 from streamserve import parts
 from streamserve.config import BUNDLED_TARGET, Config, from_mapping
-from streamserve.flowguard import FlowGuard
 from streamserve.lifecycle import State
 from streamserve.metrics import EngineStats
 from streamserve.models import resolve_path
@@ -26,7 +24,7 @@ from streamserve.prompts import EngineLimits, OpenPrompt, PromptLike, PromptRead
 from streamserve.sampling_params import SamplingParams
 from streamserve.scheduler import Finished, Refused, StreamScheduler
 from streamserve.sequence import RunningRequest
-from streamserve.specustream import DecisionLog
+from streamserve.specustream import DecisionLog, SpecuStream
 from streamserve.tokenizer import TextStream, load_eos_ids, load_tokenizer
 from streamserve.trace import NullTracer, TraceWriter
 from streamserve.types import Prompt, Request, RequestOutput
@@ -285,6 +283,7 @@ class LLM:
             specustream.stop_logging()
         if self._decisions is not None:
             self._decisions.close()
+            self._decisions = None
 
     def use_policy(self, name: str) -> None:
         """Let another depth policy decide from now on, without what the one before it has learnt.
@@ -293,8 +292,11 @@ class LLM:
           name: as `speculation.policy`; "fixed" with a depth as in "fixed:2".
 
         Raises:
-          ValueError: the name stands for nothing, or the depth was not compiled.
+          ValueError: the name stands for nothing, the depth was not compiled, or decisions are logged: a log is about
+            one policy.
         """
+        if self._decisions is not None:
+            raise ValueError("the log of decisions is about one policy; build an engine without one to change it")
         for specustream, pair in zip(self._specustreams, self._pairs, strict=True):
             specustream.use(parts.make_policy(self.config.speculation, pair.num_slots, name=name))
 
@@ -345,6 +347,11 @@ class LLM:
     def pairs(self) -> tuple[StreamPair, ...]:
         """The stream pairs, for measurements of their parts. While requests run, the scheduler owns them."""
         return tuple(self._pairs)
+
+    @property
+    def specustreams(self) -> tuple[SpecuStream, ...]:
+        """What plans the ticks of each stream pair, for measurements."""
+        return tuple(self._specustreams)
 
     def stats(self) -> EngineStats:
         """Counters since the engine was built."""

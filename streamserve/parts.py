@@ -58,6 +58,7 @@ POLICIES: Mapping[str, MakeDepthPolicy] = {
     "nightjar": policies.nightjar,
     "oracle": policies.oracle,
     "specustream": policies.specustream,
+    "specustream_paper": policies.specustream_paper,
     "thompson": policies.thompson,
     "ucbspec": policies.ucbspec,
     "ucbspec_rate": policies.ucbspec_rate,
@@ -131,7 +132,10 @@ def make_policy(config: SpeculationConfig, slots: int, *, name: str | None = Non
     """
     name = config.policy if name is None else name
     if name == "fixed" or name.startswith("fixed:"):
-        depth = int(name.removeprefix("fixed").removeprefix(":") or config.fixed_depth)
+        told = name.removeprefix("fixed").removeprefix(":") or str(config.fixed_depth)
+        if told not in map(str, config.depths):
+            raise ValueError(f"policy {name!r}: no program of that depth; there are {config.depths}")
+        depth = int(told)
         return policies.fixed(config.depths, slots, depth=depth)
     factory = find("speculation.policy", name, POLICIES, others=("fixed",))
     policy = factory(config.depths, slots)

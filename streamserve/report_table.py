@@ -49,6 +49,7 @@ _SECTIONS = (
         *_latency_rows("decode", "decode", ("mean", "p99")),
     )),
     _Section("Speculative Decoding", "-", (
+        _Row("synthetic_acceptance", "SYNTHETIC acceptance", "s"),
         _Row("spec_decode_acceptance_rate", "Acceptance rate (%)", ".2f"),
         _Row("spec_decode_acceptance_length", "Acceptance length (tokens)", ".2f"),
         _Row("spec_decode_num_drafts", "Drafts", "d"),

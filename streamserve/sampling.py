@@ -159,7 +159,8 @@ def sample(probs_BV: jax.Array, key_B: jax.Array) -> jax.Array:
 
 def sample_each(probs_BTV: jax.Array, key_BT: jax.Array) -> jax.Array:
     """Draw one token a row and position, each with its own key: int32 [B, T]."""
-    return jax.vmap(sample, 1, 1)(probs_BTV, key_BT)
+    batch, length, vocab = probs_BTV.shape
+    return sample(probs_BTV.reshape(batch * length, vocab), key_BT.reshape(batch * length)).reshape(batch, length)
 
 
 def token_logprobs(logits_XV: jax.Array, tokens_X: jax.Array, wanted: jax.Array, max_logprobs: int) -> TokenLogprobs:

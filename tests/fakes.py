@@ -111,6 +111,7 @@ class FakeEngine:
     ):
         self.tokenizer = tokenizer
         self.seen: list[Prompt] = []
+        self.pinned: list[tuple[int | None, int | None]] = []
         self._raise_after, self._exception = raise_after, exception
 
     def stream(self, prompts: Iterable[Prompt]) -> Iterator[RequestOutput]:
@@ -126,6 +127,9 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(ticks=4, kv_transfers=len(self.seen), kv_transfer_bytes=10 * len(self.seen), warmup_s=1.5)
+
+    def pin_depth(self, depth: int | None, *, tier: int | None = None) -> None:
+        self.pinned.append((depth, tier))
 
     def close(self) -> None:
         self.closed = True

@@ -86,7 +86,7 @@ def test_errors_take_the_form_of_their_line():
 
 def test_speculation_leaves_out_steps_without_a_draft():
     output = fakes.make_output(drafted=(3, 0, 2), accepted=(3, 0, 1))
-    assert speculation(output.metrics, 3) == {
+    assert speculation(output.metrics, STYLE) == {
         "num_spec_steps": 2,
         "num_draft_tokens": 5,
         "num_accepted_draft_tokens": 4,
@@ -97,7 +97,14 @@ def test_speculation_leaves_out_steps_without_a_draft():
         "mean_acceptance_length": 3.0,
         "draft_acceptance_rate": 0.8,
     }
-    assert "draft_acceptance_rate" not in speculation((), 3)
+    assert "draft_acceptance_rate" not in speculation((), STYLE)
+
+
+def test_what_is_synthetic_says_so():
+    style = dataclasses.replace(STYLE, synthetic="iid:0.5")
+    assert speculation((), style)["synthetic_acceptance"] == "iid:0.5"
+    line = answer(origin(LineKind.PROMPT), fakes.make_output(drafted=(3,), accepted=(1,)), style)
+    assert line["metrics"]["speculative_decoding"]["synthetic_acceptance"] == "iid:0.5"
 
 
 def test_a_request_tells_its_stages_gaps_and_cost():

@@ -4,7 +4,6 @@ import dataclasses
 
 from absl.testing import parameterized
 
-from streamserve import mesh
 from streamserve.flowguard import FlowGuard, round_robin
 from streamserve.lifecycle import State
 from streamserve.scheduler import Refused

@@ -33,6 +33,7 @@ ALLOWED = {
     "flowguard": ROOT_RECORDS | {"bandits"},
     "sequence": ROOT_RECORDS | {"tokenizer", "lifecycle"},
     "pair_protocol": ROOT_RECORDS,
+    "audit": ROOT_RECORDS,
     "lane_log": {"trace"},
     "lane": ROOT_RECORDS | {"sequence", "lifecycle", "trace", "lane_log", "pair_protocol", "specustream"},
     "scheduler": ROOT_RECORDS

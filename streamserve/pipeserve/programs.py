@@ -373,7 +373,7 @@ class Programs:
         )
 
     def _plan_shape(self, batch: int) -> StepPlan:
-        shape: Callable[..., Any] = jax.ShapeDtypeStruct
+        shape: Callable[..., Any] = lambda dims, dtype: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
         return StepPlan(
             depth=shape((batch,), jnp.int32),
             rule=shape((), jnp.int32),

@@ -141,10 +141,10 @@ class SpecuStream:
         self._previous = plan.arm
         self._missed = 0 if plan.depth_B.any() else self._missed + self._rounds
         step_plan = StepPlan(
-            depth=np.asarray(plan.depth_B, np.int32),
-            rule=_scalar(np.int32, plan.rule),
-            threshold=_scalar(np.float32, plan.threshold),
-            wants_divergence=_scalar(np.bool_, plan.wants_divergence),
+            depth=_array(np.int32, plan.depth_B),
+            rule=_array(np.int32, plan.rule),
+            threshold=_array(np.float32, plan.threshold),
+            wants_divergence=_array(np.bool_, plan.wants_divergence),
             acceptance=self._acceptance(context),
         )
         epoch = self._epoch if self._pinned is None else None
@@ -225,5 +225,5 @@ def _stats(output: StepOutput, slots: int, seconds: float) -> StepStats:
     return StepStats(drafted_BR, accepted_BR, emitted_B, divergence_BR, seconds)
 
 
-def _scalar(dtype: Any, value: Any) -> Any:
+def _array(dtype: Any, value: Any) -> Any:
     return np.asarray(value, dtype)

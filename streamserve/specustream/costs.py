@@ -48,7 +48,7 @@ class CostTable:
           rate: of an observation in (0, 1]: how much of what it differs by moves the prediction.
           shared: fraction in [0, 1] of that which moves every prediction, as a machine that runs slower does; the rest
             moves the observed batch bucket only.
-          reach: tokens of depth after which that rest is down to 1/e: arms near the observed one are mistaken alike, and
+          reach: tokens of depth after which that rest is down to 1/e: arms near the observed one are wrong alike, and
             an arm that is thought too costly to run would else never be known better.
           clip: the most that one observation is believed to differ by; 0.25 is 25 %. A host that stalls for a second
             thus moves a prediction by no more than rate * log(1 + clip), about 1 %.

@@ -128,7 +128,8 @@ def _verdict(models: Models, adjusted_BTV: jax.Array, draft: Draft, context: Row
         target_BTV = sampling.probabilities(adjusted_BTV, context.row)
         if models.synthetic or not models.depth:  # without a draft the next token is all there is, under any rule
             return verify.forced(num_accepted_B, sampling.sample_each(target_BTV, keys.token))
-        return models.verifier.verify(target_BTV, sampling.probabilities(draft.logits, context.row), draft, keys)
+        draft_BKV = sampling.probabilities(draft.logits, context.row)
+        return models.verifier.verify(target_BTV, draft_BKV, _sound(draft, draft_BKV), keys)
 
     def greedy() -> Verdict:
         if models.synthetic:
@@ -139,6 +140,13 @@ def _verdict(models: Models, adjusted_BTV: jax.Array, draft: Draft, context: Row
     if models.synthetic:
         num_accepted_B = verify.drawn_counts(models.plan.acceptance[: models.depth], draft.length, keys.verify)
     return jax.lax.cond(sampling.all_greedy(context.row), greedy, sampled)
+
+
+def _sound(draft: Draft, probs_BKV: jax.Array) -> Draft:
+    """End a draft where its distribution is none: with all its tokens banned, a drafter has nothing to draw from."""
+    sound_BK = jnp.isfinite(jnp.sum(probs_BKV, axis=-1))
+    length_B = jnp.sum(jnp.cumprod(sound_BK, axis=1, dtype=jnp.int32), axis=1)
+    return dataclasses.replace(draft, length=jnp.minimum(draft.length, length_B))
 
 
 def _divergence(adjusted_BTV: jax.Array, draft: Draft, context: RowContext) -> jax.Array:

@@ -157,9 +157,11 @@ def _levels_at(text: str, rest: str) -> tuple[list[float], float]:
     """Read "0.9,0.2@200"."""
     levels, _, number = rest.partition("@")
     try:
-        return _probabilities(text, levels.split(",")), float(number)
+        value = float(number)
     except ValueError as error:
         raise ValueError(f"{text!r} wants probabilities and @number; known forms: {', '.join(FORMS)}") from error
+    _check(math.isfinite(value), text, "wants a finite number")
+    return _probabilities(text, levels.split(",")), value
 
 
 def _probabilities(text: str, values: list[Any]) -> list[float]:

@@ -68,6 +68,14 @@ class BootstrapTest(parameterized.TestCase):
         self.assertBetween(narrow.low, wide.low, narrow.high)
         self.assertLess(narrow.high, wide.high)
 
+    @parameterized.parameters((0.8, 1.2816), (0.95, 1.96))
+    def test_an_interval_of_independent_steps_has_the_normal_width(self, level, deviations):
+        rewards_T = np.random.default_rng(0).standard_normal(500)
+        choices = Choices(np.zeros(500, int), np.full(500, 0.5), np.tile([0.5, 0.5], (500, 1)))
+        found = ips(rewards_T, choices, bootstrap=bootstrap(repeats=4000)._replace(level=level))
+        width = (found.high - found.low) / (rewards_T.std() / math.sqrt(500))
+        self.assertAlmostEqual(width / (2 * deviations), 1.0, delta=0.06)
+
     def test_the_interval_is_infinite_where_hardly_a_step_was_the_targets(self):
         probs_TA = np.tile([0.0, 1.0], (50, 1))
         arms_T = (np.arange(50) == 7).astype(int)

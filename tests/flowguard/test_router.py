@@ -6,7 +6,6 @@ import jax
 import numpy as np
 from absl.testing import parameterized
 
-from streamserve import mesh
 from streamserve.bandits import Decision, Policy
 from streamserve.flowguard import FlowGuard, signals
 from streamserve.parts import ROUTERS

@@ -171,11 +171,11 @@ def counted(draft: Draft, row: int) -> tuple[list[int], np.ndarray]:
 
 
 def ngram_reference(tokens: list[int], low: int, high: int) -> list[int]:
-    """What followed the latest earlier occurrence of the longest suffix."""
+    """What followed the latest earlier occurrence of the longest suffix, round and round."""
     for size in range(min(high, len(tokens) - 1), low - 1, -1):
         for end in range(len(tokens) - 1, size - 1, -1):
             if tokens[end - size : end] == tokens[-size:]:
-                return tokens[end:]
+                return tokens[end:] * 9
     return []
 
 

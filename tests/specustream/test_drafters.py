@@ -140,6 +140,12 @@ class ContractTest(parameterized.TestCase):
                 self.assertEqual(tokens, counted(deep, row)[0][:2])
                 np.testing.assert_array_equal(logits, counted(deep, row)[1][:2])
 
+    @parameterized.named_parameters((name, name) for name in DRAFTERS if name not in MODELS)
+    def test_what_was_not_drawn_is_a_point_mass(self, name):
+        draft = _draft(name, make_rows())
+        mass_BKV = np.arange(VOCAB) == draft.tokens[..., None]
+        np.testing.assert_array_equal(draft.logits, np.where(mass_BKV, 0.0, -np.inf))
+
     def test_none_refuses_to_draft(self):
         with self.assertRaisesRegex(ValueError, "nothing drafts, so the depth must be 0, got depth=2"):
             drafters.none().propose((), (), jnp.zeros((BATCH, 1), jnp.int32), make_rows(), depth=2)
@@ -255,7 +261,7 @@ class NgramTest(parameterized.TestCase):
     def test_the_latest_of_the_longest_occurrences_counts(self):
         histories = [[1, 2, 7, 1, 2, 8, 2, 9, 1, 2], [4, 4], [1, 2, 3]]
         propose = _lookup(drafters.ngram, 4, max_ngram=4)
-        self.assertEqual(_look_up(propose, (), histories, 4), [[8, 2, 9, 1], [4], []])
+        self.assertEqual(_look_up(propose, (), histories, 4), [[8, 2, 9, 1], [4, 4, 4, 4], []])
 
     @parameterized.parameters((0, 3), (3, 2), (1, 128))
     def test_sizes_that_make_no_sense_are_refused(self, low, high):
@@ -267,7 +273,7 @@ class SuffixTest(parameterized.TestCase):
     @parameterized.parameters(
         {"max_match": 3, "max_places": 32, "min_probability": 0.29, "factor": 1.0},
         {"max_match": 8, "max_places": 32, "min_probability": 0.47, "factor": 2.5},
-        {"max_match": 1, "max_places": 3, "min_probability": 0.0, "factor": 9.0},
+        {"max_match": 1, "max_places": 2, "min_probability": 0.0, "factor": 9.0},
         {"max_match": 2, "max_places": 5, "min_probability": 0.13, "factor": 3.0},
     )
     def test_agrees_with_the_reference(self, factor, **options):
@@ -284,6 +290,12 @@ class SuffixTest(parameterized.TestCase):
             self.assertEqual(_look_up(propose, params, histories, 5), [follow(tokens)[:5] for tokens in histories])
 
         check()
+
+    def test_the_latest_places_vote(self):
+        drafter = drafters.suffix(VOCAB, memory_tokens=300)
+        memory = drafter.remember(drafter.params, (1, 2) * 120 + (1, 3, 5, 1, 3, 5))
+        propose = _lookup(drafters.suffix, 2, memory_tokens=300, max_places=2, max_spec_factor=2.0)
+        self.assertEqual(_look_up(propose, memory, [[1], [9, 2], [5, 5, 1]], 2), [[3, 5], [1, 3], [3, 5]])
 
     def test_a_full_memory_does_not_run_into_the_history(self):
         propose = _lookup(drafters.suffix, 4, memory_tokens=4, max_spec_factor=4.0)

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from streamserve.specustream.drafters.base import Drafter, DraftRows, without_pages
 from streamserve.specustream.drafters.lookup import (
     LONGEST_MATCH,
-    UNKNOWN,
     certain_draft,
     known_tokens,
     match_lengths,
@@ -19,8 +18,9 @@ def ngram(vocab_size: int, *, min_ngram: int = 1, max_ngram: int = 4) -> Drafter
     """Build a drafter that looks the row's last tokens up in its own prompt and output (prompt lookup, Saxena 2023).
 
     Of the longest n in [min_ngram, max_ngram] whose last n tokens have occurred before, the latest occurrence counts:
-    what was written last resembles most what is being written. It proposes the tokens that followed there, as many as
-    are known.
+    what was written last resembles most what is being written. It proposes the tokens that followed there, and where
+    they end with the row's last one it goes round, as a row that repeats itself does: a loop of one token would
+    otherwise be drafted one token at a time.
 
     Args:
       vocab_size: of the target.
@@ -43,10 +43,11 @@ def ngram(vocab_size: int, *, min_ngram: int = 1, max_ngram: int = 4) -> Drafter
             score_BC = match_BC.astype(jnp.int32) * capacity + jnp.arange(capacity)[None]
             best_B = jnp.max(score_BC, axis=1)
             found_B = best_B // capacity >= min_ngram
-            index_BK = (best_B % capacity)[:, None] + 1 + jnp.arange(depth)[None]
-            padded_BC = jnp.pad(known_BC, ((0, 0), (0, depth)), constant_values=UNKNOWN)
-            tokens_BK = jnp.take_along_axis(padded_BC, index_BK, axis=1)
-            counts_BK = found_B[:, None] & (tokens_BK != UNKNOWN)
+            place_B = jnp.where(found_B, best_B % capacity, 0)
+            period_B = jnp.maximum(rows.length - place_B, 1)
+            index_BK = place_B[:, None] + 1 + jnp.arange(depth)[None] % period_B[:, None]
+            tokens_BK = jnp.take_along_axis(known_BC, jnp.minimum(index_BK, capacity - 1), axis=1)
+            counts_BK = jnp.broadcast_to(found_B[:, None], tokens_BK.shape)
             return certain_draft(rows, tokens_BK, counts_BK, vocab_size)
 
     return without_pages(propose)

@@ -13,6 +13,7 @@ from streamserve.specustream.policies.heuristic import heuristic
 from streamserve.specustream.policies.nightjar import nightjar
 from streamserve.specustream.policies.oracle import oracle
 from streamserve.specustream.policies.specustream import specustream
+from streamserve.specustream.policies.specustream_paper import specustream_paper
 from streamserve.specustream.policies.thompson import thompson
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "nightjar",
     "oracle",
     "specustream",
+    "specustream_paper",
     "thompson",
     "ucbspec",
     "ucbspec_rate",

@@ -1,0 +1,47 @@
+"""Depth policies against every fixed depth and against plain decoding, on the bundled pair or in simulation.
+
+COMMAND   python -m experiments.compare_depth --mode=simulate --output=rows.jsonl
+          python -m experiments.compare_depth --mode=engine --output=rows.jsonl
+          python -m experiments.depth_report --input=rows.jsonl --output_dir=DIR
+          (options: --policies=specustream,goodput --workload=NAME=FILE.jsonl --repeats=4 --costs=FILE.json ...)
+DURATION  simulation about fifteen minutes on two cores with three seeds and all policies, in proportion to policies,
+          cells and seeds; the engine about an hour with four repeats of all bundled prompts.
+EXPECTED  exit code 0. In simulation the oracle leads, and no policy beats the best fixed depth of a constant cell. On
+          the engine every arm gives the tokens of plain decoding, and nothing is compiled while arms run.
+"""
+
+import ml_collections
+
+from configs import tiny_cpu
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """All fields of `tiny_cpu` with one pair, no prefix cache and every depth compiled; and what is simulated."""
+    config = tiny_cpu.get_config()
+    config.topology.num_pairs = 1
+    config.pipeserve.enable_prefix_caching = False
+    config.pipeserve.max_num_seqs = 4
+    config.pipeserve.decode_batches = ()
+    config.speculation = {
+        "method": "draft_model",
+        "model": "bundled:draft",
+        "policy": "specustream",
+        "num_speculative_tokens": 4,
+        "max_depth": 8,
+        "tiers": (0, 1, 2, 4, 6, 8),
+    }
+    config.simulation = {
+        "cells": (
+            *(f"iid:{level}" for level in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)),
+            "positions:0.9,0.7,0.5,0.3",
+            "regimes:0.9,0.2@200",
+            "drift:0.9,0.3@1000",
+            "load:0.9,0.3@8",
+        ),
+        "costs": ("cpu_like", "gpu_like"),
+        "batches": (1, 8),
+        "tiers": (0, 1, 2, 4, 6, 8),
+        "ticks": 1000,
+        "rounds": 4,
+    }
+    return config
