@@ -18,10 +18,12 @@ from configs import tiny_cpu
 def get_config() -> ml_collections.ConfigDict:
     """All fields of `tiny_cpu` with one pair, no prefix cache and every depth compiled; and what is simulated."""
     config = tiny_cpu.get_config()
-    config.topology.num_pairs = 1
-    config.pipeserve.enable_prefix_caching = False
-    config.pipeserve.max_num_seqs = 4
-    config.pipeserve.decode_batches = ()
+    config.update(
+        {
+            "topology": {"num_pairs": 1},
+            "pipeserve": {"enable_prefix_caching": False, "max_num_seqs": 4, "decode_batches": ()},
+        }
+    )
     config.speculation = {
         "method": "draft_model",
         "model": "bundled:draft",

@@ -11,24 +11,30 @@ that a machine that slows down steadily favours none. The output is one header l
 
 Exit codes: 0 done; 1 done, but some arms cannot be compared: their tokens differ from plain decoding's, they drafted
 nothing, a program was compiled while they ran, or prompts failed; 2 arguments, config, model, input or output are
-unusable.
+unusable; 130 Ctrl-C.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import pathlib
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 import streamserve
-from experiments import common, depth_arms
-from experiments.depth_arms import PLAIN, Engine, SimulationConfig, fixed_arm
-from streamserve import parts
+from experiments import common, depth_arms, depth_report
+from experiments.depth_arms import PLAIN, ArmRun, Engine, SimulationConfig, fixed_arm
+from streamserve import jsonl, parts
 from streamserve.config import Config, from_mapping
-from streamserve.specustream import CostTable
+from streamserve.sampling_params import SamplingParams
+from streamserve.specustream import CostTable, synthetic
+from streamserve.types import Prompt
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "compare_depth.py"
 BUNDLED_PROMPTS = pathlib.Path(streamserve.__file__).parent / "assets" / "prompts.jsonl"
@@ -91,8 +97,10 @@ def read_options(values: flags.FlagValues, command: Sequence[str]) -> Options:
     pairs = [text.partition("=") for text in values.workload or []]
     if any(not (name and path) for name, _, path in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
         raise common.RunError(f"--workload must be NAME=FILE.jsonl with names that differ, got {values.workload}")
-    given = {"workloads": tuple((name, pathlib.Path(path)) for name, _, path in pairs)} if pairs else {}
-    plain = ("repeats", "seed", "num_prompts", "max_tokens", "concurrency", "max_different")
+    names = ("repeats", "seed", "num_prompts", "max_tokens", "concurrency", "max_different")
+    given: dict[str, Any] = {name: values[name].value for name in names}
+    if pairs:
+        given["workloads"] = tuple((name, pathlib.Path(path)) for name, _, path in pairs)
     return Options(
         config=values.config.to_dict(),
         output=pathlib.Path(values.output),
@@ -100,7 +108,6 @@ def read_options(values: flags.FlagValues, command: Sequence[str]) -> Options:
         costs=pathlib.Path(values.costs) if values.costs else None,
         command=tuple(command),
         **given,
-        **{name: values[name].value for name in plain},
     )
 
 
@@ -125,24 +132,38 @@ def list_arms(asked: Sequence[str] | None, tiers: Sequence[int], *, synthetic: b
 
 
 def simulate_all(options: Options) -> None:
-    """Simulate every arm on every cell, and write the rows of each cost as soon as they can be compared."""
-    engine = {name: section for name, section in options.config.items() if name != "simulation"}
-    common.split_config(engine)  # a wrong field is reported, though only the simulation's are used
+    """Simulate every arm on every cell, and write the rows of each cost as soon as they can be compared.
+
+    Raises:
+      RunError: the config, the cost table or the output is unusable.
+    """
+    config, tables = _simulation(options)
+    arms = {name: list_arms(options.policies, table.tiers, synthetic=True) for name, table in tables.items()}
+    with _rows(options, mode="simulate", synthetic=True) as write:
+        for name, table in tables.items():
+            for row in compared(list(_simulated(options, config, name, table, arms[name])), table.tiers):
+                write(row)
+
+
+def _simulation(options: Options) -> tuple[SimulationConfig, dict[str, CostTable]]:
+    """Read what is to be simulated, and see whether it can be."""
+    common.split_config(_engine_sections(options))  # a wrong field is reported here, too
     try:
-        config = from_mapping(SimulationConfig, options.config.get("simulation", {}))
+        config: SimulationConfig = from_mapping(SimulationConfig, options.config.get("simulation", {}))
+        tables = {name: depth_arms.made_up_costs(name, config.tiers, sorted(config.batches)) for name in config.costs}
         if options.costs is not None:
             tables = {options.costs.stem: depth_arms.measured_costs(options.costs)}
-        else:
-            tables = {
-                name: depth_arms.made_up_costs(name, config.tiers, sorted(config.batches)) for name in config.costs
-            }
-        with _rows(options, mode="simulate", synthetic=True) as write:
-            for name, table in tables.items():
-                arms = list_arms(options.policies, table.tiers, synthetic=True)
-                for row in compared(list(_simulated(options, config, name, table, arms)), table.tiers):
-                    write(row)
-    except ValueError as error:
-        raise common.RunError(str(error)) from None
+        for table in tables.values():
+            table.lookup(max(config.batches), 0.0)
+            for cell in config.cells:
+                synthetic.parse(cell, max(1, *table.tiers))
+    except (ValueError, TypeError) as error:
+        raise common.RunError(f"config field 'simulation': {error}") from None
+    return config, tables
+
+
+def _engine_sections(options: Options) -> dict[str, Any]:
+    return {name: section for name, section in options.config.items() if name != "simulation"}
 
 
 def _simulated(
@@ -184,7 +205,7 @@ def compared(rows: Sequence[dict[str, Any]], tiers: Sequence[int]) -> Iterator[d
         yield row | ratios
 
 
-def order(arms: Sequence[str], *, seed: int, repeat: int, workload: int) -> list[str]:
+def order(arms: tuple[str, ...], *, seed: int, repeat: int, workload: int) -> list[str]:
     """Draw the order of the arms in a repeat: anew for every other one, backwards in the one after it."""
     drawn = np.random.default_rng([seed, repeat // 2, workload]).permutation(len(arms))
     return [arms[index] for index in (drawn[::-1] if repeat % 2 else drawn)]
@@ -197,16 +218,18 @@ def compare_on_engine(options: Options, make_engine: Callable[[Config], Engine])
       RunError: the config, a workload or the output is unusable.
     """
     config, sampling = engine_config(options)
-    synthetic = config.speculation.method == "synthetic"
-    arms = list_arms(options.policies, config.speculation.depths, synthetic=synthetic)
-    workloads = {name: read_workload(path, options.num_prompts) for name, path in options.workloads}
-    requests = {name: _requests(texts, sampling, options.seed) for name, texts in workloads.items()}
+    speculation, made_up = config.speculation, config.speculation.method == "synthetic"
+    arms = list_arms(options.policies, speculation.depths, synthetic=made_up)
+    texts = {name: read_workload(path)[: options.num_prompts] for name, path in options.workloads}
+    requests = {name: _requests(lines, sampling, options.seed) for name, lines in texts.items()}
     greedy = all(prompt.params.temperature == 0 for prompts in requests.values() for prompt in prompts)
     try:
         engine = make_engine(config)
     except (ValueError, OSError) as error:
         raise common.RunError(str(error)) from None
-    facts = {"synthetic": synthetic, "compares_tokens": greedy and not synthetic, "workloads": _digests(options)}
+    facts: dict[str, Any] = {"synthetic": made_up, "compares_tokens": greedy and not made_up}
+    facts["concurrency"] = config.pipeserve.max_num_seqs * config.topology.num_pairs
+    facts["workloads"] = {name: hashlib.sha256(json.dumps(lines).encode()).hexdigest() for name, lines in texts.items()}
     bench = depth_arms.Bench(engine)
     with _rows(options, mode="engine", max_different=options.max_different, **facts) as write:
         for arm in arms:  # what a first run pays for is nobody's
@@ -216,7 +239,8 @@ def compare_on_engine(options: Options, make_engine: Callable[[Config], Engine])
                 drawn = order(arms, seed=options.seed, repeat=repeat, workload=index)
                 runs = {arm: bench.run(arm, prompts) for arm in drawn}
                 for position, arm in enumerate(drawn):
-                    write({"repeat": repeat, "workload": name, "arm": arm, "position": position, **facts_of(runs, arm)})
+                    row = facts_of(runs, arm, compares=facts["compares_tokens"])
+                    write({"repeat": repeat, "workload": name, "arm": arm, "position": position, **row})
     engine.close()
 
 
@@ -226,16 +250,37 @@ def engine_config(options: Options) -> tuple[Config, dict[str, Any]]:
     Raises:
       RunError: an unknown field, a wrong value, or a prefix cache, which would favour whatever runs later.
     """
-    sections = {name: section for name, section in options.config.items() if name != "simulation"}
-    config, sampling = common.split_config(sections)
+    config, sampling = common.split_config(_engine_sections(options))
     if config.pipeserve.enable_prefix_caching:
-        raise common.RunError("set pipeserve.enable_prefix_caching=False: a prefix cache favours the arms that run later")
+        raise common.RunError(
+            "set pipeserve.enable_prefix_caching=False: a prefix cache favours the arms that run later"
+        )
     if options.concurrency is not None:
         slots, rest = divmod(options.concurrency, config.topology.num_pairs)
         if rest:
-            raise common.RunError(f"concurrency={options.concurrency} must divide over {config.topology.num_pairs} pairs")
+            raise common.RunError(
+                f"concurrency={options.concurrency} must divide over {config.topology.num_pairs} pairs"
+            )
         config = dataclasses.replace(config, pipeserve=dataclasses.replace(config.pipeserve, max_num_seqs=slots))
     return config, sampling | ({} if options.max_tokens is None else {"max_tokens": options.max_tokens})
+
+
+def read_workload(path: pathlib.Path) -> list[str]:
+    """Read the prompts of JSON lines, each with "prompt" or with "turns", of which the first counts.
+
+    Raises:
+      RunError: the file cannot be read, or a line has neither.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [line["prompt"] if "prompt" in line else line["turns"][0] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise common.RunError(f"cannot read the workload {str(path)!r}: {type(error).__name__}: {error}") from None
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise common.RunError(
+            f'the workload {str(path)!r} must have lines of {{"prompt": text}} or {{"turns": [text]}}'
+        )
+    return texts
 
 
 def _requests(texts: Sequence[str], sampling: Mapping[str, Any], seed: int) -> list[Prompt]:
@@ -256,10 +301,11 @@ def facts_of(runs: Mapping[str, ArmRun], arm: str, *, compares: bool) -> dict[st
 
 
 @contextlib.contextmanager
-def _rows(options: Options, **facts: Any) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def _rows(options: Options, **facts: Any) -> Generator[Callable[[Mapping[str, Any]], None]]:
     """Open the output, with its header; gives what writes a row. Folders of this machine are left out of it."""
     command = ("python", "-m", "experiments.compare_depth", *options.command)
-    record = common.environment(share_devices=False, command=command)
+    shares = bool(options.config.get("topology", {}).get("share_devices"))
+    record = common.environment(share_devices=shares, command=command)
     try:
         file = jsonl.JsonLinesFile(options.output)
         file.write(_portable({"kind": "header", **facts, "seed": options.seed, **record, "config": options.config}))
@@ -281,6 +327,8 @@ def _portable(value: Any) -> Any:
 def run(options: Options, mode: str, make_engine: Callable[[Config], Engine]) -> int:
     """Compare, and print what the rows say; returns the exit code."""
     try:
+        if not options.output.parent.is_dir():
+            raise common.RunError(f"cannot write {str(options.output)!r}: there is no such folder")
         if mode == "simulate":
             simulate_all(options)
         else:
@@ -289,6 +337,9 @@ def run(options: Options, mode: str, make_engine: Callable[[Config], Engine]) ->
     except common.RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return common.EXIT_UNUSABLE
+    except KeyboardInterrupt:
+        print("interrupted: the output holds the runs that were finished", file=sys.stderr)
+        return common.EXIT_INTERRUPTED
     print(text)
     for refusal in refused:
         print(f"refused: {refusal}", file=sys.stderr)

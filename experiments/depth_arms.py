@@ -18,7 +18,16 @@ import numpy as np
 
 from experiments.common import RunError
 from streamserve import metrics, parts
-from streamserve.specustream import CostTable, MakeDepthPolicy, SpecuStream, policies, simulate, synthetic
+from streamserve.bandits import Policy
+from streamserve.specustream import (
+    CostTable,
+    MakeDepthPolicy,
+    SpecuStream,
+    StopRule,
+    policies,
+    simulate,
+    synthetic,
+)
 from streamserve.types import Prompt, RequestOutput
 
 PLAIN = "fixed:0"
@@ -34,8 +43,7 @@ SUMMARY_KEYS = (  # of `metrics.summarise`, those that are not there where nothi
 
 
 class CostShape(NamedTuple):
-    """A made-up machine: a round of b rows at depth K takes 1 + b (K + 1) / ridge ms to verify, and to draft K times
-    `draft` (1 + b / ridge) ms.
+    """A made-up machine: 1 + b (K + 1) / ridge ms to verify b rows at depth K, and K draft (1 + b / ridge) ms to draft.
 
     Attributes:
       ridge: tokens that cost as much as reading the weights once.
@@ -87,7 +95,9 @@ def make_arm(arm: str) -> MakeDepthPolicy:
       ValueError: the name stands for nothing.
     """
     depth = fixed_depth(arm)
-    return parts.find("policy", arm, parts.POLICIES) if depth is None else functools.partial(policies.fixed, depth=depth)
+    return (
+        parts.find("policy", arm, parts.POLICIES) if depth is None else functools.partial(policies.fixed, depth=depth)
+    )
 
 
 def made_up_costs(name: str, tiers: Sequence[int], batches: Sequence[int]) -> CostTable:
@@ -102,8 +112,8 @@ def made_up_costs(name: str, tiers: Sequence[int], batches: Sequence[int]) -> Co
     tier_A, batch_N1 = np.asarray(tiers, np.float64), np.asarray(batches, np.float64)[:, None]
     draft_NA = tier_A * draft * (1 + batch_N1 / ridge)
     seconds_NA = 1e-3 * (1 + batch_N1 * (tier_A + 1) / ridge + draft_NA)
-    tables = {"seconds_NCA": seconds_NA[:, None], "draft_NCA": 1e-3 * draft_NA[:, None]}
-    return CostTable(tiers=tiers, batches=batches, contexts=(0,), **tables)
+    draft_NCA, seconds_NCA = 1e-3 * draft_NA[:, None], seconds_NA[:, None]
+    return CostTable(tiers=tiers, batches=batches, contexts=(0,), seconds_NCA=seconds_NCA, draft_NCA=draft_NCA)
 
 
 def measured_costs(path: pathlib.Path) -> CostTable:
@@ -126,11 +136,23 @@ def simulate_arm(
 
     Returns:
       What a row says of it alone. `regret` is to the best depth of each tick, `regret_to_fixed` to the best fixed depth
-      of the run in hindsight; both are expected tokens.
+      of the run in hindsight; both are expected tokens. `stops` tells of a policy that lets a draft stop by its own
+      confidence, which a simulated draft does not have: it goes on to the end.
     """
-    tiers = costs.tiers
+    tiers, stops = costs.tiers, set()
+
+    def make(tiers: tuple[int, ...], slots: int) -> Policy:
+        policy = make_arm(arm)(tiers, slots)
+
+        def choose(*arguments: Any) -> Any:
+            plan, state = policy.choose(*arguments)
+            stops.add(plan.rule != StopRule.NEVER)
+            return plan, state
+
+        return policy._replace(choose=choose)
+
     trace = simulate.simulate(
-        make_arm(arm),
+        make,
         synthetic.parse(cell, max(1, *tiers)),
         costs,
         tiers=tiers,
@@ -146,6 +168,7 @@ def simulate_arm(
         "tokens": float(trace.mean_tokens_T.sum()),
         "regret": float(regret_T.sum()),
         "regret_to_fixed": float(simulate.regret_to_fixed_T(trace).sum()),
+        "stops": True in stops,
         "switches": int(np.count_nonzero(np.diff(trace.arm_T))),
         "shares": {str(tier): float(count) / ticks for tier, count in zip(tiers, pulls_A, strict=True)},
         "depth_curve": curve(np.asarray(tiers)[trace.arm_T]),
