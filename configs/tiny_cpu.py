@@ -56,6 +56,23 @@ def get_config() -> ml_collections.ConfigDict:
         "tiers": (),
         "acceptance": config_dict.placeholder(str),
         "audit": False,
+        "specustream": {
+            "horizons": (4.0, 25.0, 150.0),
+            "prior": 0.6,
+            "prior_weight": 3.0,
+            "share": 0.02,
+            "evidence": 32.0,
+            "caution": 0.25,
+            "likeness": 16.0,
+            "clip": 0.25,
+            "hysteresis": 0.01,
+            "min_dwell": 2,
+            "amortise": 64.0,
+            "probe_budget": 0.01,
+            "patience": 4.0,
+            "explore": 0.01,
+            "margin": 0.1,
+        },
     }
     config.routing = {"policy": "round_robin"}
     config.scheduler = {

@@ -45,7 +45,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("mode", "simulate", ["simulate", "engine"], "What runs the arms.", flag_values=values)
     flags.DEFINE_string("output", "rows.jsonl", "JSON lines; replaced if it exists.", flag_values=values)
     flags.DEFINE_list("policies", None, "Policies; all by default. Fixed depths always run.", flag_values=values)
-    flags.DEFINE_integer("repeats", 3, "Repeats, or seeds of a simulation.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("repeats", 4, "Repeats, or seeds of a simulation.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of orders, requests and simulations.", lower_bound=0, flag_values=values)
     flags.DEFINE_string("costs", None, "Measured cost table for the simulation, JSON.", flag_values=values)
     flags.DEFINE_multi_string("workload", None, "NAME=FILE.jsonl; the bundled prompts if none.", flag_values=values)
@@ -77,7 +77,7 @@ class Options:
     config: Mapping[str, Any]
     output: pathlib.Path
     policies: tuple[str, ...] | None = None
-    repeats: int = 3
+    repeats: int = 4
     seed: int = 0
     costs: pathlib.Path | None = None
     workloads: tuple[tuple[str, pathlib.Path], ...] = (("bundled", BUNDLED_PROMPTS),)
@@ -303,13 +303,13 @@ def facts_of(runs: Mapping[str, ArmRun], arm: str, *, compares: bool) -> dict[st
 @contextlib.contextmanager
 def _rows(options: Options, **facts: Any) -> Generator[Callable[[Mapping[str, Any]], None]]:
     """Open the output, with its header; gives what writes a row. Folders of this machine are left out of it."""
-    command = ("python", "-m", "experiments.compare_depth", *options.command)
+    command = ("python", "-m", "experiments.compare_depth", *_portable(options.command))
     shares = bool(options.config.get("topology", {}).get("share_devices"))
-    record = common.environment(share_devices=shares, command=command)
+    record = common.environment(share_devices=shares, command=command) | {"config": _portable(options.config)}
     try:
         file = jsonl.JsonLinesFile(options.output)
-        file.write(_portable({"kind": "header", **facts, "seed": options.seed, **record, "config": options.config}))
-        yield lambda row: file.write({"kind": facts["mode"], "synthetic": facts["synthetic"], **row})
+        file.write({"kind": "header", **facts, "seed": options.seed, **record})
+        yield lambda row: file.write({"kind": facts["mode"], "synthetic": facts["synthetic"], **_portable(row)})
         file.close()
     except OSError as error:
         raise common.RunError(f"cannot write {str(options.output)!r}: {error.strerror or error}") from None
@@ -318,7 +318,7 @@ def _rows(options: Options, **facts: Any) -> Generator[Callable[[Mapping[str, An
 def _portable(value: Any) -> Any:
     """Leave out the folders of absolute paths."""
     if isinstance(value, str):
-        return re.sub(r"(?<![\w.:])(?:~|\.\.)?/(?:[^/\s'\"=]+/)*", "", value)
+        return re.sub(r"(?<![\w./])(?:~|\.\.)?/(?!/)(?:[^/\s'\"=]+/)*", "", value)
     if isinstance(value, Mapping):
         return {name: _portable(one) for name, one in value.items()}
     return [_portable(one) for one in value] if isinstance(value, (list, tuple)) else value

@@ -22,7 +22,6 @@ from streamserve.bandits import Policy
 from streamserve.specustream import (
     CostTable,
     MakeDepthPolicy,
-    SpecuStream,
     StopRule,
     policies,
     simulate,
@@ -189,8 +188,8 @@ class Engine(Protocol):
     """What an arm needs of `streamserve.LLM`."""
 
     @property
-    def specustreams(self) -> tuple[SpecuStream, ...]:
-        """Who plans the ticks of each lane."""
+    def specustreams(self) -> tuple[Any, ...]:
+        """The `SpecuStream` of each lane, whose calls are timed."""
         ...
 
     def use_policy(self, name: str) -> None:

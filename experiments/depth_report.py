@@ -10,6 +10,7 @@ drawn at random, everything says SYNTHETIC. Exit codes are those of `experiments
 import json
 import pathlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -118,11 +119,8 @@ def judge_engine(header: Row, rows: Sequence[Row]) -> list[Verdict]:
     verdicts = []
     for group, members in groups.items():
         chosen = [row for row in rows if row["workload"] in members]
-        whole = [
-            r
-            for r in sorted({row["repeat"] for row in chosen})
-            if {row["workload"] for row in chosen if row["repeat"] == r} == set(members)
-        ]
+        counts = Counter(row["repeat"] for row in chosen)  # a run that was cut short may leave part of a repeat
+        whole = sorted(repeat for repeat, count in counts.items() if count == max(counts.values()))
         by_arm: dict[str, list[Row]] = {}
         for row in sorted(chosen, key=lambda row: (row["repeat"], members.index(row["workload"]))):
             if row["repeat"] in whole:
@@ -132,6 +130,8 @@ def judge_engine(header: Row, rows: Sequence[Row]) -> list[Verdict]:
 
 
 def _judge_group(header: Row, group: str, by_arm: Mapping[str, list[Row]], repeats: Sequence[int]) -> Iterator[Verdict]:
+    if PLAIN not in by_arm:
+        raise common.RunError(f"there is no run of {PLAIN}, plain decoding, on {group!r}")
     refusals = {arm: _refusal(header, rows) for arm, rows in by_arm.items()}
     if refusals[PLAIN] is not None:
         refusals = dict.fromkeys(by_arm, f"plain decoding cannot be compared with: {refusals[PLAIN]}")
@@ -142,7 +142,7 @@ def _judge_group(header: Row, group: str, by_arm: Mapping[str, list[Row]], repea
         for arm, rows in by_arm.items()
         if refusals[arm] is None and fixed_depth(arm) is not None
     }
-    best = max(rates, key=lambda arm: rates[arm]) if rates else None
+    best = max(sorted(rates), key=lambda arm: rates[arm]) if rates else None
     for arm in sorted(by_arm, key=lambda arm: (fixed_depth(arm) is None, fixed_depth(arm), arm)):
         rows, to_plain, to_fixed = by_arm[arm], None, None
         if refusals[arm] is None and best is not None:
@@ -177,7 +177,7 @@ def _panel(rows: Sequence[Row], repeats: Sequence[int]) -> Panel:
 def judge_simulation(header: Row, rows: Sequence[Row]) -> list[Verdict]:
     """Compare the arms of each cost over the mix of its cells and batches, as many tokens from each.
 
-    The intervals are the lowest and the highest seed.
+    The intervals are the lowest and the highest seed's.
     """
     del header
     verdicts = []
@@ -195,7 +195,8 @@ def judge_simulation(header: Row, rows: Sequence[Row]) -> list[Verdict]:
                 base: [seconds[base, seed] / seconds[arm, seed] for seed in sorted({row["seed"] for row in own})]
                 for base in (PLAIN, best)
             }
-            spans = {base: Interval(float(np.mean(over)), min(over), max(over)) for base, over in to.items()}
+            ends = {base: (min(over), max(over)) if len(over) > 1 else (np.nan, np.nan) for base, over in to.items()}
+            spans = {base: Interval(float(np.mean(over)), *ends[base]) for base, over in to.items()}
             verdicts.append(Verdict(cost, arm, spans[PLAIN], spans[best], best, None, own))
     return verdicts
 
@@ -208,13 +209,11 @@ def judge(header: Row, rows: Sequence[Row]) -> list[Verdict]:
 def tables(header: Row, rows: Sequence[Row]) -> tuple[str, list[str]]:
     """Lay the comparison out as Markdown; gives the refusals, too."""
     verdicts = judge(header, rows)
-    synthetic = "SYNTHETIC: acceptance is drawn at random" + (
-        ", and so is time" if header["mode"] == "simulate" else ""
-    )
+    drawn = "acceptance is drawn at random" + (" and time from a table" if header["mode"] == "simulate" else "")
     git = header["git"] or {"commit": "unknown", "dirty": False}
     lines = [
         f"# {'SYNTHETIC. ' if header['synthetic'] else ''}Depth policies, {header['mode']}",
-        *([f"{synthetic}. No number here is a model's."] if header["synthetic"] else []),
+        *([f"SYNTHETIC: {drawn}. No number here is a model's."] if header["synthetic"] else []),
         f"`{header['command']}`",
         f"Seed {header['seed']}, commit {git['commit'][:12]}{' and changes' if git['dirty'] else ''}, "
         f"jax {header['versions']['jax']}, {header['platform']}, {', '.join(header['devices'])}"
@@ -231,7 +230,7 @@ def tables(header: Row, rows: Sequence[Row]) -> tuple[str, list[str]]:
 
 
 def _engine_table(verdicts: Sequence[Verdict]) -> str:
-    best = verdicts[0].best
+    best = verdicts[0].best or "the best fixed depth"
     columns = ["arm", "tokens/s", f"over plain [{LEVEL:.0%}]", f"over {best} [{LEVEL:.0%}]", "acceptance, %", "length"]
     columns += ["depth", "verify steps", "same as plain", "plan, us/tick", "learn, us/tick", "of a tick, %"]
     lines = []
@@ -277,6 +276,8 @@ def _mean(rows: Sequence[Row], key: str, scale: float) -> str:
 def _how_chosen(verdicts: Sequence[Verdict]) -> str:
     """Say how the best fixed depth was found."""
     repeats = len({row["repeat"] for row in verdicts[0].rows})
+    if verdicts[0].best is None:
+        return "No fixed depth can be compared."
     how = f"It is chosen in hindsight on all {repeats} repeats, which favours it."
     if repeats >= SPLIT_REPEATS:
         how = "It is chosen on every other repeat, and compared on the others."
@@ -437,7 +438,7 @@ def _draw_groups(canvas: _Canvas, groups: Mapping[str, Mapping[str, Row]]) -> li
             "regret",
             "Regret to the best depth of each tick",
             having("regret_curve", fixed=True),
-            _curves("lost (tokens)"),
+            _curves("lost (tokens)", "symlog"),
         ),
         *canvas.draw("pulls", "Which depth ran", having("shares", fixed=False), _draw_shares),
         *canvas.draw("acceptance", "Acceptance by position", having(_POSITIONS, fixed=True), _draw_positions),
@@ -452,11 +453,11 @@ def _style(arm: str, index: int) -> dict[str, Any]:
     return {"color": f"C{index % 10}", "linestyle": "-" if index % 20 < 10 else "--", "linewidth": 1.3}
 
 
-def _curves(label: str) -> Any:
+def _curves(label: str, scale: str = "linear") -> Any:
     def draw(axes: Any, curves: Mapping[str, Any]) -> None:
         for index, (arm, points) in enumerate(curves.items()):
             axes.plot(points["tick"], points["value"], label=arm, **_style(arm, index))
-        axes.set(xlabel="time (ticks)", ylabel=label)
+        axes.set(xlabel="time (ticks)", ylabel=label, yscale=scale)
 
     return draw
 
@@ -475,7 +476,8 @@ def _draw_shares(axes: Any, shares: Mapping[str, Mapping[str, float]]) -> None:
 def _draw_positions(axes: Any, rates: Mapping[str, Sequence[float]]) -> None:
     for index, (arm, values) in enumerate(rates.items()):
         axes.plot(range(1, len(values) + 1), values, marker=".", label=arm, **_style(arm, index))
-    axes.set(xlabel="position (drafted token of a round)", ylabel="accepted (fraction of steps)", ylim=(0, 1.02))
+    axes.set(xlabel="position (drafted token of a round)", ylabel="accepted (fraction of drafts)", ylim=(0, 1.02))
+    axes.set_xticks(range(1, 1 + max(map(len, rates.values()))))
 
 
 def _draw_speed(axes: Any, verdicts: Sequence[Verdict]) -> None:

@@ -4,6 +4,8 @@ A user's own part is named `package.module:factory` and needs no change here.
 """
 
 import copy
+import dataclasses
+import functools
 import hashlib
 import importlib
 import os
@@ -138,6 +140,8 @@ def make_policy(config: SpeculationConfig, slots: int, *, name: str | None = Non
         depth = int(told)
         return policies.fixed(config.depths, slots, depth=depth)
     factory = find("speculation.policy", name, POLICIES, others=("fixed",))
+    if factory is policies.specustream:
+        factory = functools.partial(factory, **dataclasses.asdict(config.specustream))
     policy = factory(config.depths, slots)
     if not isinstance(policy, Policy):
         raise ValueError(f"speculation.policy {name!r} made a {type(policy).__name__}, not a Policy")

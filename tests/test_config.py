@@ -24,14 +24,22 @@ def field_names(config):
     return names
 
 
+def _leaves(values: dict, path: str = ""):
+    for name, value in values.items():
+        if isinstance(value, dict) and f"{path}{name}" != "sampling":
+            yield from _leaves(value, f"{path}{name}.")
+        elif isinstance(value, dict):
+            yield from (f"sampling.{field}" for field in value)
+        else:
+            yield f"{path}{name}"
+
+
 @pytest.mark.parametrize("get_config", [tiny_cpu.get_config, plain_cpu.get_config, adaptive_cpu.get_config])
 def test_a_config_file_names_every_field_so_that_each_can_be_overridden(get_config):
     values = get_config()
     assert isinstance(values, ConfigDict)
     config, sampling = common.split_config(values.to_dict())
-    named = set()
-    for section, value in values.to_dict().items():
-        named |= {f"{section}.{name}" for name in value} if isinstance(value, dict) else {section}
+    named = set(_leaves(values.to_dict()))
     assert {name for name in named if not name.startswith("sampling.")} == field_names(config)
     assert sampling == {"max_tokens": 64, "temperature": 0.0}
 
@@ -82,6 +90,11 @@ def test_lists_become_tuples_and_integers_floats():
         ({"pipeserve": {"max_logprobs": -1}}, "pipeserve.max_logprobs must be at least 0"),
         ({"speculation": {"num_speculative_tokens": 9}}, r"num_speculative_tokens must be in \[0, 8\], got 9"),
         ({"speculation": {"method": "draft_model"}}, "needs speculation.model"),
+        ({"speculation": {"specustream": {"explore": 1.5}}}, r"specustream.explore must be in \[0, 1\], got 1.5"),
+        ({"speculation": {"specustream": {"horizons": (9, 4)}}}, "specustream.horizons must ascend"),
+        ({"speculation": {"specustream": {"amortise": 0}}}, "specustream.amortise must be positive"),
+        ({"speculation": {"specustream": {"min_dwell": -1}}}, "specustream.min_dwell must not be negative"),
+        ({"speculation": {"specustream": {"explor": 0.1}}}, "did you mean explore"),
         ({"scheduler": {"max_transfers": 0}}, "scheduler.max_transfers must be at least 1"),
         ({"scheduler": {"max_waiting": 0}}, "scheduler.max_waiting must be at least 1"),
     ],

@@ -34,9 +34,9 @@ POLICIES = {
     "thompson": policies.thompson,
     "ucbspec": policies.ucbspec,
     "ucbspec_rate": policies.ucbspec_rate,
-    # "oracle": policies.oracle,
-    # "specustream": policies.specustream,
-    # "specustream_paper": policies.specustream_paper,
+    "oracle": policies.oracle,
+    "specustream": policies.specustream,
+    "specustream_paper": policies.specustream_paper,
 }
 MAY_STAY_AT_ZERO = {"batch_table", "fixed", "heuristic", "oracle"}  # they do what they were told or know
 TIERS = [(0, 1, 2, 4, 8), (0, 1), (0,), (4,), (1, 3), (2, 4, 6)]

@@ -16,50 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from streamserve.bandits import Policy
+from streamserve.config import SpecuStreamConfig
 from streamserve.specustream.depth import NOT_RUN, DepthContext, Plan, StepStats, whole
 from streamserve.specustream.policies import horizons as acceptance
 from streamserve.specustream.policies.horizons import Horizons, Learning
 
 _UNMEASURED = 1e-9  # s, least time of a round: a table that was never measured may hold zeros
-
-
-class Coefficients(NamedTuple):
-    """Keywords of `specustream`.
-
-    Attributes:
-      horizons: ticks after which a count weighs 1/e, ascending; one estimate of acceptance each.
-      prior: acceptance of the first position before anything is known, a probability.
-      prior_weight: verifications that the prior is worth, and each position's likeness to the one before it.
-      share: fraction of the belief that is dealt out evenly among horizons at each tick that verified drafts.
-      evidence: verifications, the most that one tick counts as when horizons are compared; rows of a tick are alike.
-      caution: standard deviations of the horizons' disagreement by which a prediction is lowered.
-      likeness: ticks that the other arms are worth when measured over predicted goodput of an arm is estimated.
-      clip: the most by which the logarithm of a tick's measured over predicted goodput counts.
-      hysteresis: fraction by which another arm must be predicted to be better before it becomes home.
-      min_dwell: ticks that an arm stays home at least; the feedback of its first one takes two.
-      amortise: rounds over which the price of a switch is spread.
-      probe_budget: fraction of the time that probes may cost while home is plain decoding, were nothing accepted.
-      patience: times the shortest interval, the longest between two probes. Each that changes nothing doubles the next
-        one; a change of half of those who run sets it back.
-      explore: probability that a tick runs any arm near the best.
-      margin: fraction of the best predicted goodput by which an arm may be worse and still be near.
-    """
-
-    horizons: tuple[float, ...] = (4.0, 25.0, 150.0)
-    prior: float = 0.6
-    prior_weight: float = 3.0
-    share: float = 0.02
-    evidence: float = 32.0
-    caution: float = 0.25
-    likeness: float = 16.0
-    clip: float = 0.25
-    hysteresis: float = 0.01
-    min_dwell: int = 2
-    amortise: float = 64.0
-    probe_budget: float = 0.01
-    patience: float = 4.0
-    explore: float = 0.01
-    margin: float = 0.1
 
 
 class State(NamedTuple):
@@ -92,9 +54,9 @@ def specustream(tiers: tuple[int, ...], slots: int, **coefficients: Any) -> Poli
     Args:
       tiers: depths, ascending, one an arm.
       slots: decode slots, B.
-      coefficients: fields of `Coefficients`.
+      coefficients: fields of `SpecuStreamConfig`.
     """
-    by = Coefficients(**coefficients)
+    by = SpecuStreamConfig(**coefficients)
     keep = tuple(math.exp(-1 / ticks) for ticks in by.horizons)
     learning = Learning(keep, by.prior, by.prior_weight, by.share, by.evidence)
 
@@ -129,7 +91,7 @@ def specustream(tiers: tuple[int, ...], slots: int, **coefficients: Any) -> Poli
     return Policy(init=init, choose=choose, update=update)
 
 
-def predicted_goodput(state: State, context: DepthContext, by: Coefficients) -> np.ndarray:
+def predicted_goodput(state: State, context: DepthContext, by: SpecuStreamConfig) -> np.ndarray:
     """Predict tokens a second and row of each arm, [A]."""
     mean_A, deviation_A = acceptance.drafted_tokens(state.known, context.tiers_A)
     total_A, ticks_A = state.residual_2A
@@ -139,7 +101,7 @@ def predicted_goodput(state: State, context: DepthContext, by: Coefficients) -> 
     return (1 + np.maximum(mean_A - by.caution * deviation_A, 0)) * factor_A / seconds_A
 
 
-def _settle(state: State, goodput_A: np.ndarray, by: Coefficients) -> State:
+def _settle(state: State, goodput_A: np.ndarray, by: SpecuStreamConfig) -> State:
     """Make the best arm home, unless home is new or nearly as good."""
     best = int(goodput_A.argmax())
     if state.home < 0:
@@ -150,7 +112,7 @@ def _settle(state: State, goodput_A: np.ndarray, by: Coefficients) -> State:
     return state._replace(dwell=state.dwell + 1)
 
 
-def _maybe_probe(state: State, context: DepthContext, by: Coefficients) -> tuple[int, State]:
+def _maybe_probe(state: State, context: DepthContext, by: SpecuStreamConfig) -> tuple[int, State]:
     """Run the smallest depth for a tick, where home has not drafted for so long that the budget has room for it."""
     home, arm = state.home, state.home + 1
     if context.tiers_A[home] > 0 or arm == len(context.tiers_A) or not state.plain_s:
@@ -165,7 +127,7 @@ def _maybe_probe(state: State, context: DepthContext, by: Coefficients) -> tuple
 
 
 def _maybe_explore(
-    arm: int, goodput_A: np.ndarray, context: DepthContext, noise_2: np.ndarray, by: Coefficients
+    arm: int, goodput_A: np.ndarray, context: DepthContext, noise_2: np.ndarray, by: SpecuStreamConfig
 ) -> Plan:
     """Run one of those arms that are nearly as good as the best instead, rarely."""
     near = np.flatnonzero(goodput_A >= (1 - by.margin) * goodput_A.max())
