@@ -23,16 +23,14 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "topology": {"num_pairs": 1},
             "pipeserve": {"enable_prefix_caching": False, "max_num_seqs": 4, "decode_batches": ()},
+            "speculation": {
+                "policy": "specustream",
+                "num_speculative_tokens": 4,
+                "max_depth": 8,
+                "tiers": (0, 1, 2, 4, 6, 8),
+            },
         }
     )
-    config.speculation = {
-        "method": "draft_model",
-        "model": "bundled:draft",
-        "policy": "specustream",
-        "num_speculative_tokens": 4,
-        "max_depth": 8,
-        "tiers": (0, 1, 2, 4, 6, 8),
-    }
     config.simulation = {
         "cells": (
             *(f"iid:{level}" for level in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)),

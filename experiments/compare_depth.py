@@ -169,14 +169,14 @@ def _engine_sections(options: Options) -> dict[str, Any]:
 def _simulated(
     options: Options, config: SimulationConfig, cost: str, table: CostTable, arms: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
+    coefficients = common.split_config(_engine_sections(options))[0].speculation.specustream
     for cell in config.cells:
         print(f"{cost}, {cell}", file=sys.stderr)
         for batch in config.batches:
             for seed in range(options.seed, options.seed + options.repeats):
                 for arm in arms:
-                    row = depth_arms.simulate_arm(
-                        arm, cell, table, batch=batch, ticks=config.ticks, rounds=config.rounds, seed=seed
-                    )
+                    sizes = {"batch": batch, "ticks": config.ticks, "rounds": config.rounds}
+                    row = depth_arms.simulate_arm(arm, cell, table, **sizes, seed=seed, specustream=coefficients)
                     if seed > options.seed:  # one curve is enough to look at
                         row |= {"depth_curve": None, "regret_curve": None}
                     yield {"cost": cost, "cell": cell, "batch": batch, "seed": seed, "policy": arm, **row}

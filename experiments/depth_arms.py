@@ -19,6 +19,7 @@ import numpy as np
 from experiments.common import RunError
 from streamserve import metrics, parts
 from streamserve.bandits import Policy
+from streamserve.config import SpecuStreamConfig
 from streamserve.specustream import (
     CostTable,
     MakeDepthPolicy,
@@ -87,16 +88,19 @@ def fixed_depth(arm: str) -> int | None:
     return int(arm.removeprefix("fixed:")) if arm.startswith("fixed:") else None
 
 
-def make_arm(arm: str) -> MakeDepthPolicy:
-    """Find the factory behind an arm.
+def make_arm(arm: str, specustream: SpecuStreamConfig) -> MakeDepthPolicy:
+    """Find the factory behind an arm; `specustream` are the coefficients of the policy of that name.
 
     Raises:
       ValueError: the name stands for nothing.
     """
     depth = fixed_depth(arm)
-    return (
-        parts.find("policy", arm, parts.POLICIES) if depth is None else functools.partial(policies.fixed, depth=depth)
-    )
+    if depth is not None:
+        return functools.partial(policies.fixed, depth=depth)
+    factory = parts.find("policy", arm, parts.POLICIES)
+    if factory is policies.specustream:
+        return functools.partial(factory, **dataclasses.asdict(specustream))
+    return factory
 
 
 def made_up_costs(name: str, tiers: Sequence[int], batches: Sequence[int]) -> CostTable:
@@ -129,7 +133,15 @@ def measured_costs(path: pathlib.Path) -> CostTable:
 
 
 def simulate_arm(
-    arm: str, cell: str, costs: CostTable, *, batch: int, ticks: int, rounds: int, seed: int
+    arm: str,
+    cell: str,
+    costs: CostTable,
+    *,
+    batch: int,
+    ticks: int,
+    rounds: int,
+    seed: int,
+    specustream: SpecuStreamConfig,
 ) -> dict[str, Any]:
     """Simulate one arm on one cell; the luck is the same for every arm.
 
@@ -141,7 +153,7 @@ def simulate_arm(
     tiers, stops = costs.tiers, set()
 
     def make(tiers: tuple[int, ...], slots: int) -> Policy:
-        policy = make_arm(arm)(tiers, slots)
+        policy = make_arm(arm, specustream)(tiers, slots)
 
         def choose(*arguments: Any) -> Any:
             plan, state = policy.choose(*arguments)

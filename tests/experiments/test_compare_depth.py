@@ -195,6 +195,15 @@ def test_cells_from_files_are_named_without_folders_and_one_seed_has_no_interval
     assert not any("[" in line for line in lines)
 
 
+def test_coefficients_of_the_config_reach_the_simulated_policy(compare):
+    goodputs = []
+    for explore in (0.0, 1.0):
+        speculation = CONFIG["speculation"] | {"specustream": {"explore": explore}}
+        _, _, rows = compare("simulate", config={"speculation": speculation}, policies=("specustream",), repeats=1)
+        goodputs.append([row["goodput"] for row in rows if row["policy"] == "specustream"])
+    assert goodputs[0] != goodputs[1]
+
+
 def test_a_policy_that_stops_by_confidence_is_marked(compare, capsys):
     _, _, rows = compare("simulate", policies=("confidence_stop", "goodput"))
     assert {row["policy"] for row in rows if row["stops"]} == {"confidence_stop"}
