@@ -144,11 +144,11 @@ def _run(options: Options, make_engine: MakeEngine) -> int:
     results = metrics.summarise(recorder.tally, duration_s, engine.stats())
     if config.speculation.acceptance is not None:
         results["synthetic_acceptance"] = config.speculation.acceptance
+    common.write_json(options.workdir / "results.json", results | ({"interrupted": True} if interrupted else {}))
     if recorder.audited is not None and not interrupted:
         found = audit.audit(engine, recorder.audited, depth=max(config.speculation.depths))
-        results["audit"] = dataclasses.asdict(found)
+        common.write_json(options.workdir / "results.json", results | {"audit": dataclasses.asdict(found)})
         print(f"Audit: {found}")
-    common.write_json(options.workdir / "results.json", results | ({"interrupted": True} if interrupted else {}))
     return _report(options, recorder, results, interrupted=interrupted)
 
 

@@ -123,7 +123,7 @@ def audit(engine: Engine, answered: Sequence[tuple[Prompt, RequestOutput]], *, d
 
 def _with_logprobs(prompt: Prompt) -> Prompt:
     params = dataclasses.replace(prompt.params, logprobs=max(2, prompt.params.logprobs or 0))
-    return dataclasses.replace(prompt, params=params)
+    return dataclasses.replace(prompt, params=params, timeout_s=None)
 
 
 def _by_id(outputs: Iterable[RequestOutput]) -> dict[str, RequestOutput]:

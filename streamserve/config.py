@@ -244,6 +244,10 @@ class SpeculationConfig:
             raise ValueError(
                 f"speculation.num_speculative_tokens={self.num_speculative_tokens} is not among {self.tiers=}"
             )
+        if self.policy.startswith("fixed:"):
+            raise ValueError(f"speculation.policy={self.policy!r}: say policy='fixed' and num_speculative_tokens")
+        if self.method == "synthetic" and max(self.depths) == 0:
+            raise ValueError("speculation.method='synthetic' needs a depth of at least 1")
         if self.audit and self.method == "synthetic":
             raise ValueError("there is nothing to audit where acceptance is synthetic: the output is not the target's")
 
@@ -305,7 +309,8 @@ class Config:
     """The whole configuration of an `LLM`.
 
     Attributes:
-      seed: of everything random; the same seed and config give the same tokens, decisions and log.
+      seed: of everything random. Greedy tokens depend on nothing else; sampled ones neither, at a fixed depth or under
+        the verifier "coupled"; and a depth policy decides the same when it is told the same times.
       compilation_cache_dir: folder in which compiled programs are kept for the next start; None keeps none.
     """
 
@@ -320,6 +325,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_range("seed", self.seed, 0)
+        if self.speculation.audit and self.pipeserve.max_logprobs < 2:
+            raise ValueError("speculation.audit needs the two best tokens: pipeserve.max_logprobs must be at least 2")
 
 
 def from_mapping(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:

@@ -291,10 +291,10 @@ class Lane:
             for running in ended.values():  # they are out before a slot is released: that may fail
                 if running.invalid:
                     self.pair.forget(running.job())
-                else:
-                    self.pair.remember((*running.request.prompt_token_ids, *running.job().output))
                 del self._requests[running.request_id]
                 yield running
+                if not running.invalid:
+                    self.pair.remember((*running.request.prompt_token_ids, *running.job().output))
             for slot in ended:
                 self._leave_slot(slot)
 

@@ -286,7 +286,7 @@ class LLM:
             self._decisions = None
 
     def use_policy(self, name: str) -> None:
-        """Let another depth policy decide from now on, without what the one before it has learnt.
+        """Let another depth policy decide from now on, without what it, the costs and the drafter have learnt so far.
 
         Args:
           name: as `speculation.policy`; "fixed" with a depth as in "fixed:2".
@@ -299,6 +299,7 @@ class LLM:
             raise ValueError("the log of decisions is about one policy; build an engine without one to change it")
         for specustream, pair in zip(self._specustreams, self._pairs, strict=True):
             specustream.use(parts.make_policy(self.config.speculation, pair.num_slots, name=name))
+            pair.forget_answers()
 
     def pin_depth(self, depth: int | None, *, tier: int | None = None) -> None:
         """Decode at one depth from now on, whatever the policy says; None lets it decide again.

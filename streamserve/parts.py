@@ -3,7 +3,7 @@
 A user's own part is named `package.module:factory` and needs no change here.
 """
 
-import copy
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -166,7 +166,7 @@ def make_specustreams(
     return [
         SpecuStream(
             make_policy(speculation, pair.num_slots),
-            copy.deepcopy(costs),
+            costs,
             slots=pair.num_slots,
             rounds=pair.sizes.rounds,
             seed=config.seed,
@@ -183,19 +183,23 @@ def lane_costs(config: Config, pairs: Sequence[StreamPair], target: Model, draft
 
     Nothing is measured where there is one depth alone.
     """
-    sizes = pairs[0].sizes
-    if len(sizes.tiers) == 1:
+    sizes, speculation = pairs[0].sizes, config.speculation
+    if len(sizes.tiers) == 1 or (speculation.policy == "fixed" and len(speculation.tiers) < 2):
         return nominal(sizes.tiers, sizes.batches)
     fingerprint = _fingerprint(config, sizes, target, draft)
+    measure = functools.partial(
+        measure_costs, pairs[0], context_lengths(sizes.columns * sizes.page_size), fingerprint=fingerprint
+    )
     if config.compilation_cache_dir is None:
-        return measure_costs(pairs[0], context_lengths(sizes.columns * sizes.page_size), fingerprint=fingerprint)
-    folder = pathlib.Path(config.compilation_cache_dir).expanduser()
-    path = folder / f"costs-{_digest(fingerprint)}.json"
-    if path.exists():
-        return CostTable.from_json(path.read_text(), fingerprint)
-    costs = measure_costs(pairs[0], context_lengths(sizes.columns * sizes.page_size), fingerprint=fingerprint)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(costs.to_json())
+        return measure()
+    path = pathlib.Path(config.compilation_cache_dir).expanduser() / f"costs-{_digest(fingerprint)}.json"
+    with contextlib.suppress(OSError, ValueError):  # what cannot be read is measured again
+        return CostTable.from_json(path.read_text(encoding="utf-8"), fingerprint)
+    costs = measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}")
+    written.write_text(costs.to_json(), encoding="utf-8")
+    written.replace(path)
     return costs
 
 
@@ -210,6 +214,11 @@ def log_header(config: Config) -> dict[str, Any]:
         "tiers": list(speculation.depths),
         "slots": config.pipeserve.max_num_seqs,
         "seed": config.seed,
+        "fixed_depth": speculation.fixed_depth,
+        "specustream": dataclasses.asdict(speculation.specustream),
+        "verifier": speculation.verifier,
+        "jax": jax.__version__,
+        "numpy": np.__version__,
     }
 
 
@@ -217,7 +226,7 @@ def _fingerprint(config: Config, sizes: LaneSizes, target: Model, draft: Model |
     device = jax.devices()[0]
     return {
         "device": f"{device.platform} {device.device_kind}",
-        "cpus": str(os.cpu_count()),
+        "cpus": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "jax": jax.__version__,
         "topology": repr(config.topology),
         "sizes": repr(sizes),

@@ -1,5 +1,6 @@
 """Speculation through the Python door: policies, drafters and rules on engines over random pairs of several shapes."""
 
+import json
 import types
 
 import numpy as np
@@ -9,7 +10,7 @@ from streamserve import LLM, Config, Prompt, SamplingParams, SpeculationConfig, 
 from streamserve.audit import audit
 from streamserve.config import ModelArgs, PipeServeConfig, SchedulerConfig
 from streamserve.specustream import decision_log
-from tests import doubles, tiny_models
+from tests import doubles, fakes, tiny_models
 
 PROMPTS = [[1, 2, 3], [5, 6] * 9, [7, 11, 13, 17, 19, 23, 29, 31, 37], [96], [2, 3, 4, 2, 3, 4, 2, 3]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
@@ -92,8 +93,11 @@ def test_decisions_are_logged_and_replay_and_costs_are_kept_for_the_next_start(t
     (table,) = cache.glob("costs-*.json")
     before = table.read_text()
     table.write_text(before.replace('"draft"', '"droft"'))
-    with pytest.raises(ValueError, match="no cost table"):
-        _engine(folder, policy="specustream", cache=str(cache), audit=True)
+    _engine(folder, policy="specustream", cache=str(cache), audit=True)
+    assert "droft" not in table.read_text(), "what cannot be read is measured again"
+    after = table.read_text()
+    _engine(folder, policy="specustream", cache=str(cache), audit=True)
+    assert table.read_text() == after, "what was measured is kept"
 
 
 def test_synthetic_acceptance_is_what_was_asked_for(tmp_path):
@@ -104,3 +108,31 @@ def test_synthetic_acceptance_is_what_was_asked_for(tmp_path):
     accepted = np.concatenate([metric.accepted_per_step[:-1] for output in outputs for metric in output.metrics])
     for position, rate in enumerate((0.9, 0.45, 0.09)):
         assert np.mean(accepted > position) == pytest.approx(rate, abs=4 * (0.25 / len(accepted)) ** 0.5)
+
+
+def test_a_draft_with_another_tokenizer_drafts_what_both_know(tmp_path):
+    for name in ("target", "draft"):  # equal weights: what differs is what the ids mean
+        tiny_models.save_tiny(tmp_path / name, "llama", vocab_size=330)
+        fakes.save_tokenizer(tmp_path / name)
+    path = tmp_path / "draft" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(tokenizer))
+    config = Config(
+        model=ModelArgs(model=str(tmp_path / "target"), max_model_len=100),
+        pipeserve=PipeServeConfig(max_num_seqs=3, prefill_buckets=(32,), max_logprobs=2, transfer_buckets=()),
+        speculation=SpeculationConfig(
+            method="draft_model", model=str(tmp_path / "draft"), tiers=(0, 3), policy="goodput"
+        ),
+        scheduler=SchedulerConfig(forbid_compilation=True),
+    )
+    llm = LLM.from_config(config)
+    runs = {}
+    for name in ("fixed:0", "fixed:3"):
+        llm.use_policy(name)
+        runs[name] = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert _tokens(runs["fixed:0"]) == _tokens(runs["fixed:3"])
+    accepted = [count for output in runs["fixed:3"] for metric in output.metrics for count in metric.accepted_per_step]
+    # The same model: only what stands for "a" or "b", or comes out of them, is drafted otherwise.
+    assert np.mean(accepted) > 1

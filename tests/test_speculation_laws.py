@@ -15,6 +15,7 @@ from scipy import stats
 
 from streamserve import parts
 from streamserve.specustream import decision_log, policies
+from streamserve.types import StepPlan
 from tests import doubles
 from tests.doubles import VOCAB, make_request, plain_greedy, restless, serve, tiny_pairs, tiny_params
 from tests.exact import exact_distribution, pooled
@@ -106,6 +107,36 @@ class EveryCombinationTest(parameterized.TestCase):
                 drafted, accepted = end.metrics.drafted_per_step[:-1], end.metrics.accepted_per_step[:-1]
                 self.assertEqual(drafted, accepted)
                 self.assertIn(0, drafted)
+
+
+class LearningDrafterTest(parameterized.TestCase):
+    def test_an_answer_is_remembered_once_it_is_whole_and_forgotten_when_told(self):
+        (pair,) = _pair("suffix", "rejection")
+        pair.forget_answers()
+        request = make_request("a", (7, 7, 2, 9, 4), max_tokens=30)
+        drafted = []
+        for _ in range(2):
+            end = serve([pair], [request])["a"]
+            self.assertEqual(end.completion.token_ids, _whole(request.prompt_token_ids, 30))
+            drafted.append(sum(end.metrics.accepted_per_step))
+        self.assertGreater(drafted[1], drafted[0] + 5)
+        pair.forget_answers()
+        self.assertEqual(sum(serve([pair], [request])["a"].metrics.accepted_per_step), drafted[0])
+        pair.forget_answers()
+
+    def test_a_plan_is_copied_to_the_device_once_and_never_mistaken_for_another(self):
+        (pair,) = _pair("draft_model", "rejection")
+        placed, place = [], pair.programs.to_decode
+        pair.programs.to_decode = lambda tree: (placed.append(tree), place(tree))[1]
+        self.addCleanup(delattr, pair.programs, "to_decode")
+        requests = [make_request(str(i), (i, 3), max_tokens=50) for i in range(4)]
+        fixed = policies.fixed(PAIR_TIERS, pair.num_slots, depth=3)
+        serve([pair], requests, policy=fixed)
+        plans = [tree for tree in placed if isinstance(tree, StepPlan)]
+        self.assertLessEqual(len(plans), 1)
+        for depth in (3, 2):
+            ends = serve([pair], requests, policy=policies.fixed(PAIR_TIERS, pair.num_slots, depth=depth))
+            self.assertEqual({step for end in ends.values() for step in end.metrics.drafted_per_step}, {depth})
 
 
 class EveryPolicyTest(parameterized.TestCase):

@@ -156,6 +156,10 @@ class Decoder:
         self._programs.start_read(wanted)
         return PendingStep((batch, tier), wanted)
 
+    def forget_answers(self) -> None:
+        """Let a drafter that learns from answered requests begin anew."""
+        self._memory, self._draft_params = self._programs.draft_memory, self._programs.decode_params[1]
+
     def _place_plan(self, plan: StepPlan, batch: int) -> StepPlan:
         """Copy a plan to the device, unless it is there: most ticks have the plan of an earlier one."""
         plan = dataclasses.replace(plan, depth=plan.depth[:batch])

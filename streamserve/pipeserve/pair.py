@@ -240,6 +240,10 @@ class StreamPair:
         """Let a drafter that learns from answered requests learn from one."""
         self._decoder.remember(tokens)
 
+    def forget_answers(self) -> None:
+        """Let a drafter that learns from answered requests begin anew."""
+        self._decoder.forget_answers()
+
     def is_done(self, pending: PendingStep) -> bool:
         """Whether a tick is done, without waiting for it."""
         return self.programs.is_ready(pending.packed)

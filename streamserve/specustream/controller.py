@@ -4,6 +4,7 @@ It stands between the lane, which knows requests, and a depth policy, which is p
 requests: slots are numbers, and so are their holders.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from streamserve.specustream.depth import NOT_RUN, DepthContext, Plan, StepStats
 from streamserve.specustream.step import READ_WIDTH
 from streamserve.specustream.synthetic import AcceptanceProcess
 from streamserve.types import EMPTY_TOKEN, StepOutput, StepPlan
+
+_STALL = 8.0  # times the predicted one: a tick that took longer was not slow, the host was away
 
 
 class LaneLoad(NamedTuple):
@@ -89,19 +92,21 @@ class SpecuStream:
           log: takes every decision.
         """
         self._tiers = np.asarray(costs.tiers, np.int64)
-        self._costs, self._slots, self._rounds, self._seed, self._lane = costs, slots, rounds, seed, lane
+        self._measured, self._slots, self._rounds, self._seed, self._lane = costs, slots, rounds, seed, lane
         self._way, self._log = way or DraftWay(), log
         self._pinned: tuple[int, int] | None = None
-        self._previous, self._missed = -1, 0
+        self._holder_B = np.full(slots, NOT_RUN, np.int64)
+        self._missed_B = np.zeros(slots, np.int64)  # rounds in which each slot's holder ran and nothing was drafted
         self.use(policy)
-        if self._way.process is not None:
-            self._process_state = self._way.process.init()
-            self._process_noise = np.random.default_rng([seed, lane, 1])
 
     def use(self, policy: Policy) -> None:
-        """Let another policy decide from now on; it knows nothing yet, and nobody is told of the ticks under way."""
+        """Let another policy decide from now on, as if nothing had been learnt; the ticks under way teach nobody."""
         self._policy = HostPolicy(policy, num_arms=len(self._tiers), seed=self._seed + self._lane)
+        self._costs, self._previous = copy.deepcopy(self._measured), -1
         self._epoch, self._feedbacks = object(), 0
+        if self._way.process is not None:
+            self._process_state = self._way.process.init()
+            self._process_noise = np.random.default_rng([self._seed, self._lane, 1])
 
     def stop_logging(self) -> None:
         """Log no further decisions; nobody is told of the ticks under way."""
@@ -111,7 +116,7 @@ class SpecuStream:
         """Run every tick by the program of depth `tier`, drafting `depth` tokens; None lets the policy decide again.
 
         Raises:
-          ValueError: no such program was compiled.
+          ValueError: no such program was compiled, or it cannot draft as much.
         """
         if depth is None:
             self._pinned = None
@@ -119,6 +124,8 @@ class SpecuStream:
         tier = depth if tier is None else tier
         if tier not in self._tiers:
             raise ValueError(f"no program of depth {tier} was compiled; there are {self._tiers.tolist()}")
+        if not 0 <= depth <= tier:
+            raise ValueError(f"a program of depth {tier} cannot draft {depth} tokens")
         self._pinned = (int(np.flatnonzero(self._tiers == tier)[0]), depth)
 
     def plan(self, load: LaneLoad, now_s: float) -> Ticket:
@@ -139,7 +146,11 @@ class SpecuStream:
             plan, logged = Plan(arm, 1.0, np.full(self._slots, depth, np.int32)), None
         tier = int(self._tiers[plan.arm])
         self._previous = plan.arm
-        self._missed = 0 if plan.depth_B.any() else self._missed + self._rounds
+        held_B = context.holder_B != NOT_RUN
+        if plan.depth_B[held_B].any():
+            self._missed_B[:] = 0
+        else:
+            self._missed_B[held_B] += self._rounds
         step_plan = StepPlan(
             depth=_array(np.int32, plan.depth_B),
             rule=_array(np.int32, plan.rule),
@@ -159,16 +170,20 @@ class SpecuStream:
           seconds: what it took.
           now_s: reading of the loop's clock, for the log.
         """
+        plan, context = ticket.plan, ticket.context
         stats = _stats(output, self._slots, seconds)
-        plan = ticket.plan
-        whole = plan.rule == StopRule.NEVER and bool((plan.depth_B == self._tiers[plan.arm]).all())
-        if whole and stats.rounds:  # what a row leaves out would make the round look cheap
-            length = ticket.context.mean_length
-            self._costs.observe(ticket.slots, length, plan.arm, seconds / stats.rounds)
+        rounds = stats.rounds
+        if len(self._tiers) > 1 and rounds:
+            # What a row leaves out would make a round look cheap, and what a drafter catches up dear.
+            whole = plan.rule == StopRule.NEVER and bool((plan.depth_B == self._tiers[plan.arm]).all())
+            if whole and not context.switch_A[plan.arm]:
+                self._costs.observe(ticket.slots, context.mean_length, plan.arm, seconds / rounds)
+            longest_s = _STALL * (rounds * context.cost_A[plan.arm] + context.switch_A[plan.arm])
+            stats = stats._replace(seconds=min(seconds, float(longest_s)))
         epoch, logged = ticket.logged
         if epoch is not self._epoch:
             return  # it was not this policy's choice
-        self._policy.update(ticket.context, plan, stats)
+        self._policy.update(context, plan, stats)
         self._feedbacks += 1
         if self._log is not None:
             self._log.learn(logged, stats, now_s)
@@ -178,6 +193,8 @@ class SpecuStream:
         holder_B = np.full(self._slots, NOT_RUN, np.int64)
         for slot, holder in load.holders.items():
             holder_B[slot] = holder
+        self._missed_B[holder_B != self._holder_B] = 0  # whoever comes into a slot brings a drafter that has read all
+        self._holder_B = holder_B
         context = DepthContext(
             tiers_A=self._tiers,
             holder_B=holder_B,
@@ -200,9 +217,10 @@ class SpecuStream:
 
     def _switch_prices(self, draft_A: np.ndarray) -> np.ndarray:
         """Price what the drafter has to read before it can draft again: a pass of it costs about two of one token."""
-        if not self._way.catches_up or not self._missed:
+        missed = self._missed_B.max()
+        if not self._way.catches_up or not missed:
             return np.zeros(len(self._tiers))
-        passes = -(-self._missed // READ_WIDTH)
+        passes = -(-missed // READ_WIDTH)
         return np.where(self._tiers > 0, 2.0 * passes * draft_A / np.maximum(self._tiers, 1), 0.0)
 
     def _acceptance(self, context: DepthContext) -> Any:
@@ -215,13 +233,17 @@ def _stats(output: StepOutput, slots: int, seconds: float) -> StepStats:
     """Widen a tick's output to all slots."""
     drafted: Any = output.drafted
     rows, rounds = drafted.shape
+    # Column 0 is a first token, which prefill has computed.
+    emitted: Any = (np.asarray(output.tokens)[:, 1:] != EMPTY_TOKEN).sum(axis=1)
+    if rows == slots:
+        whole: tuple[Any, ...] = (drafted, output.accepted, emitted, output.divergence)
+        return StepStats(*whole, seconds)
     drafted_BR = np.full((slots, rounds), NOT_RUN, np.int32)
     accepted_BR = drafted_BR.copy()
     divergence_BR = np.zeros((slots, rounds), np.float32)
     emitted_B = np.zeros(slots, np.int64)
     drafted_BR[:rows], accepted_BR[:rows], divergence_BR[:rows] = drafted, output.accepted, output.divergence
-    # Column 0 is a first token, which prefill has computed.
-    emitted_B[:rows] = np.count_nonzero(np.asarray(output.tokens)[:, 1:] != EMPTY_TOKEN, axis=1)
+    emitted_B[:rows] = emitted
     return StepStats(drafted_BR, accepted_BR, emitted_B, divergence_BR, seconds)
 
 

@@ -113,7 +113,7 @@ class StepStats(NamedTuple):
     @property
     def rounds(self) -> int:
         """Rounds that ran, of any row."""
-        return int(np.count_nonzero(self.ran_BR.any(axis=0)))
+        return int(self.ran_BR.any(axis=0).sum())
 
     @property
     def row_rounds(self) -> int:

@@ -159,7 +159,7 @@ def _divergence(adjusted_BTV: jax.Array, draft: Draft, context: RowContext) -> j
     p_BKV = jnp.exp(log_p_BKV)
     kl_BK = jnp.sum(jnp.where(p_BKV > 0, p_BKV * (log_p_BKV - log_q_BKV), 0.0), axis=-1)
     counts_BK = jnp.arange(depth)[None] < draft.length[:, None]
-    total_B = jnp.sum(jnp.where(counts_BK, kl_BK, 0.0), axis=1)
+    total_B = jnp.sum(jnp.where(counts_BK & jnp.isfinite(kl_BK), kl_BK, 0.0), axis=1)
     return total_B / jnp.maximum(draft.length, 1).astype(jnp.float32)
 
 

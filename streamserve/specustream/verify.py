@@ -57,8 +57,8 @@ def coupled() -> Verifier:
 
     A drafted token stands while it is that token. The drafter draws with the same key, so the two agree with
     probability at least (1 - TV(p, q)) / (1 + TV(p, q)); speculative sampling attains 1 - TV, but here the output does
-    not depend on drafter, depth or policy, to the bit (Daliri et al., arXiv 2408.07978). Draft probabilities are not
-    read.
+    not depend on drafter, depth or policy, as long as the target's logits do not: a pass of another width may round
+    them differently (Daliri et al., arXiv 2408.07978). Draft probabilities are not read.
     """
     return Verifier(verify=_coupled, keys=sampling.position_keys)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import common, compare_depth, depth_arms, depth_report
-from experiments.depth_report import Panel
+from experiments import common, compare_depth, depth_arms, depth_plots, depth_report, depth_verdicts
+from experiments.depth_verdicts import Panel
 from streamserve.metrics import EngineStats
 from streamserve.specustream import DecisionLog, DepthContext, Plan, StepStats, nominal
 from tests import fakes
@@ -119,7 +119,7 @@ def compare(tmp_path, monkeypatch):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Make empty files of figures: drawing takes a second each."""
-    monkeypatch.setattr(depth_report.figure.Figure, "savefig", lambda self, path, **_: path.touch())
+    monkeypatch.setattr(depth_plots.figure.Figure, "savefig", lambda self, path, **_: path.touch())
 
 
 # --- simulation
@@ -317,12 +317,12 @@ def test_nothing_is_compared_with_a_plain_run_that_is_not_sound(compare, capsys)
 
 def test_a_run_that_was_cut_short_is_judged_by_its_whole_repeats(compare):
     _, header, rows = compare(repeats=2)
-    verdicts = depth_report.judge(header, rows[:-3])
+    verdicts = depth_verdicts.judge(header, rows[:-3])
     repeats = {v.group: {row["repeat"] for row in v.rows} for v in verdicts}
-    assert repeats == {"a": {0, 1}, "b": {0}, depth_report.MIX: {0}}
+    assert repeats == {"a": {0, 1}, "b": {0}, depth_verdicts.MIX: {0}}
     without = [row for row in rows if row["arm"] != "fixed:0"]
     with pytest.raises(common.RunError, match="no run of fixed:0"):
-        depth_report.judge(header, without)
+        depth_verdicts.judge(header, without)
 
 
 def test_so_many_prompts_may_differ_as_is_said(compare):
@@ -415,29 +415,29 @@ def panel(tokens, seconds):
 
 def test_a_ratio_is_of_all_tokens_over_all_seconds():
     over, under = panel([[10, 30]], [[1, 1]]), panel([[10, 30]], [[4, 4]])
-    assert depth_report.ratio(over, under).value == 4.0
-    uneven = depth_report.ratio(panel([[10, 30]], [[1, 3]]), panel([[10, 30]], [[2, 3]]))
+    assert depth_verdicts.ratio(over, under).value == 4.0
+    uneven = depth_verdicts.ratio(panel([[10, 30]], [[1, 3]]), panel([[10, 30]], [[2, 3]]))
     assert uneven.value == pytest.approx((40 / 4) / (40 / 5)), "no mean of the prompts' ratios"
 
 
 def test_what_slows_both_arms_down_alike_leaves_no_interval():
     slowed = panel([[8, 8, 8]] * 4, np.outer([1, 2, 3, 9], [1, 5, 2]))
     twice = slowed._replace(seconds_RP=slowed.seconds_RP / 2)
-    assert depth_report.ratio(twice, slowed) == pytest.approx((2.0, 2.0, 2.0))
+    assert depth_verdicts.ratio(twice, slowed) == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_an_interval_is_that_of_drawing_repeats_and_prompts_again():
     over = panel([[1], [1]], [[1], [0.5]])  # two repeats: ratios 1 and 2, together 2 / 1.5
-    interval = depth_report.ratio(over, panel([[1], [1]], [[1], [1]]))
+    interval = depth_verdicts.ratio(over, panel([[1], [1]], [[1], [1]]))
     assert interval == pytest.approx((4 / 3, 1.0, 2.0)), "a quarter of the draws has the same repeat twice"
-    across = depth_report.ratio(panel([[1, 1]], [[1, 0.5]]), panel([[1, 1]], [[1, 1]]))
+    across = depth_verdicts.ratio(panel([[1, 1]], [[1, 0.5]]), panel([[1, 1]], [[1, 1]]))
     assert across == pytest.approx((4 / 3, 1.0, 2.0)), "prompts are drawn, too"
-    many = depth_report.ratio(panel(np.ones((16, 1)), [[1], [0.5]] * 8), panel(np.ones((16, 1)), np.ones((16, 1))))
+    many = depth_verdicts.ratio(panel(np.ones((16, 1)), [[1], [0.5]] * 8), panel(np.ones((16, 1)), np.ones((16, 1))))
     assert 1.1 < many.low < 4 / 3 < many.high < 1.7, "more repeats say more"
 
 
 def test_one_measurement_has_no_interval():
-    interval = depth_report.ratio(panel([[3]], [[1]]), panel([[3]], [[2]]))
+    interval = depth_verdicts.ratio(panel([[3]], [[1]]), panel([[3]], [[2]]))
     assert str(interval) == "2.000"
     assert np.isnan(interval.low)
 
@@ -450,12 +450,12 @@ def test_the_best_fixed_depth_is_chosen_on_other_repeats_than_it_is_judged_on(co
         return {"fixed:2": 4.0 if even else 16.0}.get(arm, 8.0)
 
     _, header, rows = compare(engine=FakeEngine(seconds=seconds), repeats=4)
-    verdicts = {(v.group, v.arm): v for v in depth_report.judge(header, rows)}
+    verdicts = {(v.group, v.arm): v for v in depth_verdicts.judge(header, rows)}
     assert verdicts["a", "goodput"].best == "fixed:2"
     assert value(verdicts["a", "goodput"].to_fixed) == pytest.approx(2.0), "where it was not chosen, it takes 16 s"
     assert value(verdicts["a", "goodput"].to_plain) == pytest.approx(1.0)
     assert value(verdicts["a", "fixed:2"].to_plain) == pytest.approx(8 / 10)
-    assert value(verdicts[depth_report.MIX, "fixed:2"].to_plain) == pytest.approx(8 / 10)
+    assert value(verdicts[depth_verdicts.MIX, "fixed:2"].to_plain) == pytest.approx(8 / 10)
     assert "chosen on every other repeat" in capsys.readouterr().out
     few = [row for row in rows if row["repeat"] < 2]
     assert "in hindsight on all 2 repeats, which favours it" in depth_report.tables(header, few)[0]
@@ -492,13 +492,13 @@ class Axes:
 
 def test_axes_have_units():
     labels = {}
-    span = depth_report.Interval(1.0, 0.9, 1.1)
-    verdict = depth_report.Verdict("a", "goodput", span, span, "fixed:0", None, [])
+    span = depth_verdicts.Interval(1.0, 0.9, 1.1)
+    verdict = depth_verdicts.Verdict("a", "goodput", span, span, "fixed:0", None, [])
     for draw, content in [
-        (depth_report._curves("depth (tokens a round)"), {"goodput": {"tick": [1], "value": [2]}}),
-        (depth_report._draw_shares, {"goodput": {"2": 1.0}}),
-        (depth_report._draw_positions, {"goodput": [0.5]}),
-        (depth_report._draw_speed, [verdict]),
+        (depth_plots._curves("depth (tokens a round)"), {"goodput": {"tick": [1], "value": [2]}}),
+        (depth_plots._draw_shares, {"goodput": {"2": 1.0}}),
+        (depth_plots._draw_positions, {"goodput": [0.5]}),
+        (depth_plots._draw_speed, [verdict]),
     ]:
         axes = Axes()
         draw(axes, content)
@@ -513,7 +513,7 @@ def test_axes_have_units():
 
 def test_titles_say_what_is_synthetic(compare, undrawn, tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(depth_report.figure.Figure, "suptitle", lambda self, title: titles.append(title))
+    monkeypatch.setattr(depth_plots.figure.Figure, "suptitle", lambda self, title: titles.append(title))
     compare("simulate")
     depth_report.report(tmp_path / "rows.jsonl", tmp_path)
     assert len(titles) == 4
@@ -551,8 +551,8 @@ def test_a_log_of_decisions_has_plots_of_its_own(compare, undrawn, tmp_path, acc
     drawn = {path.name for path in (tmp_path / "out").glob("decisions_*.png")}
     regret = set() if acceptance_K is None else {"decisions_regret.png"}
     assert drawn == {"decisions_depth.png", "decisions_pulls.png", "decisions_acceptance.png"} | regret
-    _, logged = depth_report.decision_log.read_log(tmp_path / "log.jsonl")
-    row = depth_report._logged_row(logged)
+    _, logged = depth_plots.decision_log.read_log(tmp_path / "log.jsonl")
+    row = depth_plots._logged_row(logged)
     assert row["shares"] == {"0": 0.25, "2": 0.75}
     assert row["depth_curve"]["value"] == [0, 2, 2, 2]
     assert row["spec_decode_per_position_acceptance_rates"] == [1.0, 0.5]
@@ -561,7 +561,7 @@ def test_a_log_of_decisions_has_plots_of_its_own(compare, undrawn, tmp_path, acc
 
 
 def test_without_matplotlib_there_are_tables_and_a_message(compare, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(depth_report, "mpl", None)
+    monkeypatch.setattr(depth_plots, "mpl", None)
     assert compare()[0] == 0
     assert depth_report.report(tmp_path / "rows.jsonl", tmp_path) == 2
     assert "install the extra `plots`" in capsys.readouterr().err

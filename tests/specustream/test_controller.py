@@ -3,8 +3,19 @@
 import numpy as np
 from absl.testing import parameterized
 
+from streamserve import parts
 from streamserve.bandits import Policy
-from streamserve.specustream import DraftWay, LaneLoad, SpecuStream, StopRule, nominal, policies, synthetic, whole
+from streamserve.specustream import (
+    CostTable,
+    DraftWay,
+    LaneLoad,
+    SpecuStream,
+    StopRule,
+    nominal,
+    policies,
+    synthetic,
+    whole,
+)
 from streamserve.specustream.depth import NOT_RUN
 from streamserve.types import EMPTY_TOKEN, StepOutput
 
@@ -48,6 +59,23 @@ def _output(depth: int, rows: int = 3) -> StepOutput:
     )
 
 
+def _one_row(depth: int, accepted_R) -> StepOutput:
+    """A row that runs every round of a tick."""
+    rounds = len(accepted_R)
+    tokens = np.full((1, rounds, depth + 1), EMPTY_TOKEN, np.int32)
+    for index, accepted in enumerate(accepted_R):
+        tokens[0, index, : accepted + 1] = 1
+    first = np.full((1, 1), EMPTY_TOKEN, np.int32)
+    return StepOutput(
+        tokens=np.concatenate([first, tokens.reshape(1, -1)], axis=1),
+        accepted=np.asarray(accepted_R, np.int32)[None],
+        drafted=np.full((1, rounds), depth, np.int32),
+        divergence=np.zeros((1, rounds), np.float32),
+        finish=np.zeros(1, np.int32),
+        logprobs=None,
+    )
+
+
 class SpecuStreamTest(parameterized.TestCase):
     def test_the_policy_sees_slots_holders_prices_and_load(self):
         notes = _Notes()
@@ -67,12 +95,12 @@ class SpecuStreamTest(parameterized.TestCase):
         notes = _Notes()
         controller = _controller(notes)
         ticket = [controller.plan(LOAD, 0.0) for _ in range(3)][-1]
-        controller.learn(ticket, _output(3), 0.5, 1.0)
+        controller.learn(ticket, _output(3), 0.005, 1.0)
         ((context, plan, stats),) = notes.told
         self.assertIs(context, notes.contexts[2])
         self.assertEqual(plan.arm, 2)
         self.assertEqual(stats.emitted_B.tolist(), [2, 0, 0, 0])  # the pending first token is prefill's
-        self.assertEqual((stats.rounds, stats.row_rounds, stats.seconds), (1, 1, 0.5))
+        self.assertEqual((stats.rounds, stats.row_rounds, stats.seconds), (1, 1, 0.005))
         self.assertEqual(stats.drafted_BR[3].tolist(), [NOT_RUN] * ROUNDS)
 
     @parameterized.parameters(
@@ -99,6 +127,65 @@ class SpecuStreamTest(parameterized.TestCase):
             controller.plan(LOAD, 0.0)
             self.assertEqual(notes.contexts[2].switch_A.tolist(), [0, 0, 0])
 
+    def test_a_price_counts_the_rounds_of_those_who_hold_slots_now(self):
+        controller = _controller(notes := _Notes(), way=DraftWay(catches_up=True))
+        controller.pin(0)
+        for tick in range(200):  # a request leaves after twenty ticks, another comes
+            controller.plan(LOAD._replace(holders={0: 100 + tick // 20, 2: 200 + tick // 20}), 0.0)
+        controller.pin(None)
+        controller.plan(LOAD._replace(holders={0: 109, 2: 209}), 0.0)
+        most = notes.contexts[-1].switch_A.max()
+        controller.plan(LOAD._replace(holders={0: 300, 2: 301}), 0.0)
+        self.assertEqual(notes.contexts[-1].switch_A.max(), 0)
+        passes = -(-20 * ROUNDS // 16)
+        self.assertAlmostEqual(most, 2 * passes * 0.1e-3)  # the nominal table drafts a token in a tenth of 1 ms
+
+    @parameterized.product(name=("specustream", "nightjar", "goodput", "thompson", "budget"), cost=(0.05, 0.4))
+    def test_policies_come_back_from_depth_zero_when_drafts_are_good_again(self, name, cost):
+        """The real controller prices what a drafter has to catch up; good drafts follow bad ones, which taught zero."""
+        tiers = (0, 1, 2, 4)
+        seconds_A = 1e-3 * (1 + cost * np.asarray(tiers) + 0.05 * np.asarray(tiers))
+        draft_A = 1e-3 * cost * np.asarray(tiers)
+        costs = CostTable(
+            tiers=tiers,
+            batches=(SLOTS,),
+            contexts=(0,),
+            seconds_NCA=seconds_A[None, None],
+            draft_NCA=draft_A[None, None],
+        )
+        policy = parts.POLICIES[name](tiers, SLOTS)
+        controller = SpecuStream(policy, costs, slots=SLOTS, rounds=4, way=DraftWay(catches_up=True))
+        rng, depths, unread = np.random.default_rng(3), [], None
+        for tick in range(3000):
+            ticket = controller.plan(LaneLoad(holders={0: tick // 32}, mean_length=40.0), 0.0)
+            if unread is not None:
+                controller.learn(*unread, 0.0)
+            accepted = np.minimum(rng.geometric(1 - (0.05 if tick < 800 else 0.95), 4) - 1, ticket.tier)
+            unread = (ticket, _one_row(ticket.tier, accepted), 4 * seconds_A[ticket.plan.arm])
+            depths.append(ticket.tier)
+        self.assertLess(np.mean(np.asarray(depths[400:800]) > 0), 0.3 if name in ("specustream", "goodput") else 0.7)
+        self.assertGreater(np.mean(np.asarray(depths[2000:]) > 0), 0.5)
+
+    def test_a_stalled_host_is_not_a_slow_round(self):
+        controller = _controller(notes := _Notes())
+        ticket = [controller.plan(LOAD, 0.0) for _ in range(3)][-1]
+        controller.learn(ticket, _output(3), 60.0, 1.0)
+        self.assertAlmostEqual(notes.told[0][2].seconds, 8 * ticket.context.cost_A[2])
+
+    def test_another_policy_begins_with_the_costs_and_the_luck_of_the_first(self):
+        way = DraftWay(process=synthetic.parse("drift:0.9,0.1@40", 3))
+        controller = _controller(_Notes(), way=way)
+        contexts = []
+        for _ in range(2):
+            controller.use((notes := _Notes()).policy())
+            for _ in range(9):
+                controller.learn(controller.plan(LOAD, 0.0), _output(3), 0.5, 1.0)
+            contexts.append(notes.contexts)
+        for one, other in zip(*contexts, strict=True):
+            self.assertEqual(one.previous, other.previous)
+            np.testing.assert_array_equal(one.cost_A, other.cost_A)
+            np.testing.assert_array_equal(one.acceptance_K, other.acceptance_K)
+
     def test_a_pinned_depth_runs_whatever_the_policy_says_and_teaches_it_nothing(self):
         notes = _Notes()
         controller = _controller(notes)
@@ -109,6 +196,9 @@ class SpecuStreamTest(parameterized.TestCase):
         self.assertEqual((notes.contexts, notes.told), ([], []))
         with self.assertRaisesRegex(ValueError, r"no program of depth 2 was compiled; there are \[0, 1, 3\]"):
             controller.pin(2)
+        for depth in (4, -1):
+            with self.assertRaisesRegex(ValueError, f"a program of depth 3 cannot draft {depth} tokens"):
+                controller.pin(depth, tier=3)
         controller.pin(None)
         controller.plan(LOAD, 0.0)
         self.assertLen(notes.contexts, 1)

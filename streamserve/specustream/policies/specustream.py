@@ -21,6 +21,7 @@ from streamserve.specustream.depth import NOT_RUN, DepthContext, Plan, StepStats
 from streamserve.specustream.policies import horizons as acceptance
 from streamserve.specustream.policies.horizons import Horizons, Learning
 
+_CATCH_UP = 2.0  # plain ticks, the most that catching up counts for in the price of a probe
 _UNMEASURED = 1e-9  # s, least time of a round: a table that was never measured may hold zeros
 
 
@@ -120,7 +121,9 @@ def _maybe_probe(state: State, context: DepthContext, by: SpecuStreamConfig) -> 
     if 2 * np.count_nonzero(state.seen_B != context.holder_B) > context.batch:
         state = state._replace(patience=1.0)
     extra = float(context.cost_A[arm] / max(context.cost_A[home], _UNMEASURED)) - 1
-    price_s = state.plain_s * max(extra, by.probe_budget) + 2 * float(context.switch_A[arm])
+    # What there is to catch up grows with idle time: it counts for no more than a few rounds, so that a probe comes.
+    catch_up_s = min(float(context.switch_A[arm]), _CATCH_UP * state.plain_s)
+    price_s = state.plain_s * max(extra, by.probe_budget) + 2 * catch_up_s
     if by.probe_budget * state.idle_s < state.patience * price_s:
         return home, state
     return arm, state._replace(patience=min(2 * state.patience, by.patience), seen_B=context.holder_B)
