@@ -16,8 +16,11 @@ from configs import tiny_cpu
 def get_config() -> ml_collections.ConfigDict:
     """All fields of `tiny_cpu`: one pair, so that two cores have two devices, and several depths."""
     config = tiny_cpu.get_config()
-    config.topology.num_pairs = 1
-    config.pipeserve.decode_batches = ()
-    config.speculation.policy = "specustream"
-    config.speculation.max_depth = 4
+    config.update(
+        {
+            "topology": {"num_pairs": 1},
+            "pipeserve": {"decode_batches": ()},
+            "speculation": {"policy": "specustream", "max_depth": 4},
+        }
+    )
     return config

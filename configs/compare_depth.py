@@ -5,8 +5,8 @@ COMMAND   python -m experiments.compare_depth --mode=simulate --output=rows.json
           python -m experiments.depth_report --input=rows.jsonl --output_dir=DIR
           (options: --policies=specustream,goodput --workload=NAME=FILE.jsonl --repeats=8 --costs=FILE.json ...)
 DURATION  on two cores the simulation takes about ten minutes with all policies and four seeds, in proportion to
-          policies, cells, costs and seeds. The engine runs every fixed depth and every policy in each repeat, each for as
-          long as its tokens take, after some minutes of compilation.
+          policies, cells, costs and seeds. The engine runs every fixed depth and every policy in each repeat, each for
+          as long as its tokens take, after some minutes of compilation.
 EXPECTED  exit code 0. In simulation the oracle leads, and no policy beats the best fixed depth of a constant cell. On
           the engine every arm gives the tokens of plain decoding, and nothing is compiled while arms run.
 """

@@ -236,8 +236,8 @@ def _stats(output: StepOutput, slots: int, seconds: float) -> StepStats:
     # Column 0 is a first token, which prefill has computed.
     emitted: Any = (np.asarray(output.tokens)[:, 1:] != EMPTY_TOKEN).sum(axis=1)
     if rows == slots:
-        whole: tuple[Any, ...] = (drafted, output.accepted, emitted, output.divergence)
-        return StepStats(*whole, seconds)
+        accepted, divergence = output.accepted, output.divergence
+        return StepStats(drafted, _array(None, accepted), emitted, _array(None, divergence), seconds)
     drafted_BR = np.full((slots, rounds), NOT_RUN, np.int32)
     accepted_BR = drafted_BR.copy()
     divergence_BR = np.zeros((slots, rounds), np.float32)

@@ -27,10 +27,12 @@ class _Slow:
             with jax.transfer_guard("allow"):
                 depth, active = int(plan.depth.max()), np.asarray(state.active)
                 length = int(state.length[0])
-                assert active[:batch].all() and not active[batch:].any()
+                assert active[:batch].all()
+                assert not active[batch:].any()
                 assert (np.asarray(state.draft_length) == length).all(), "nothing is to be caught up"
                 pages = np.asarray(table)
-            assert pages.shape[0] == batch and pages.min() > 0
+            assert pages.shape[0] == batch
+            assert pages.min() > 0
             self.seen.add((batch, tier, depth))
             rounds = self._programs.sizes.rounds
             self.now_s += rounds * (ROUND_S * (batch + tier + length / 100) + DRAFT_S * depth)

@@ -140,9 +140,12 @@ class SpecuStreamTest(parameterized.TestCase):
         passes = -(-20 * ROUNDS // 16)
         self.assertAlmostEqual(most, 2 * passes * 0.1e-3)  # the nominal table drafts a token in a tenth of 1 ms
 
-    @parameterized.product(name=("specustream", "nightjar", "goodput", "thompson", "budget"), cost=(0.05, 0.4))
+    @parameterized.product(name=("specustream", "goodput", "thompson", "budget"), cost=(0.05, 0.4))
     def test_policies_come_back_from_depth_zero_when_drafts_are_good_again(self, name, cost):
-        """The real controller prices what a drafter has to catch up; good drafts follow bad ones, which taught zero."""
+        """The real controller prices what a drafter has to catch up; good drafts follow bad ones, which taught zero.
+
+        Not so `nightjar`: by its published rule one step must earn the whole price of a switch.
+        """
         tiers = (0, 1, 2, 4)
         seconds_A = 1e-3 * (1 + cost * np.asarray(tiers) + 0.05 * np.asarray(tiers))
         draft_A = 1e-3 * cost * np.asarray(tiers)
