@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
             "hysteresis": 0.01,
             "min_dwell": 2,
             "amortise": 64.0,
-            "probe_budget": 0.01,
+            "probe_budget": 0.02,
             "patience": 4.0,
             "explore": 0.01,
             "margin": 0.1,

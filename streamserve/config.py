@@ -176,7 +176,7 @@ class SpecuStreamConfig:
     hysteresis: float = 0.01
     min_dwell: int = 2
     amortise: float = 64.0
-    probe_budget: float = 0.01
+    probe_budget: float = 0.02
     patience: float = 4.0
     explore: float = 0.01
     margin: float = 0.1

@@ -123,7 +123,7 @@ def _maybe_probe(state: State, context: DepthContext, by: SpecuStreamConfig) -> 
     extra = float(context.cost_A[arm] / max(context.cost_A[home], _UNMEASURED)) - 1
     # What there is to catch up grows with idle time: it counts for no more than a few rounds, so that a probe comes.
     catch_up_s = min(float(context.switch_A[arm]), _CATCH_UP * state.plain_s)
-    price_s = state.plain_s * max(extra, by.probe_budget) + 2 * catch_up_s
+    price_s = state.plain_s * max(extra, by.probe_budget) + catch_up_s
     if by.probe_budget * state.idle_s < state.patience * price_s:
         return home, state
     return arm, state._replace(patience=min(2 * state.patience, by.patience), seen_B=context.holder_B)
