@@ -53,7 +53,7 @@ class TargetTest(parameterized.TestCase):
     def test_it_costs_next_to_nothing_where_speculation_cannot_pay(self):
         trace = trace_of("iid:0.05", SHAPES["CPU-like"], batch=8, ticks=1000)
         plain = trace.tokens_TA[:, 0].sum() / trace.seconds_TA[:, 0].sum()
-        self.assertGreater(simulate.goodput(trace), 0.985 * plain)
+        self.assertGreater(simulate.goodput(trace), 0.98 * plain)  # probes may cost 2 %
         self.assertLess(np.mean(trace.arm_T > 0), 0.05)
 
     def test_it_adapts_to_the_load(self):
