@@ -50,6 +50,10 @@ class TargetTest(parameterized.TestCase):
     def test_it_beats_every_fixed_depth_where_something_changes(self, process, shape):
         self.assertGreater(compared(trace_of(process, SHAPES[shape], batch=1, ticks=1200)), 1.02)
 
+    def test_it_does_not_wait_for_a_probe_where_the_prior_says_plain(self):
+        trace = trace_of("iid:0.9", 0.7, batch=4, ticks=60, slots=8)  # a prior of 0.6 would not pay for a draft
+        self.assertGreater(np.mean(trace.arm_T[10:] > 0), 0.9)
+
     def test_it_costs_next_to_nothing_where_speculation_cannot_pay(self):
         trace = trace_of("iid:0.05", SHAPES["CPU-like"], batch=8, ticks=1000)
         plain = trace.tokens_TA[:, 0].sum() / trace.seconds_TA[:, 0].sum()
@@ -201,7 +205,7 @@ class RulesTest(parameterized.TestCase):
 class ProbeTest(parameterized.TestCase):
     def plain(self, **changes):
         policy = specustream((0, 2, 4), 2, probe_budget=0.01, patience=4.0, explore=0.0)
-        given = {"home": 0, "dwell": 9, "plain_s": 4e-3, "seen_B": np.array([1, 2])}
+        given = {"home": 0, "dwell": 9, "plain_s": 4e-3, "patience": 1.0, "seen_B": np.array([1, 2])}
         return policy, knowing(policy, [0.01] * 4, **{**given, **changes})
 
     # A probe of 40 % more time than a plain tick of 4 ms costs 1.6 ms: one in 160 ms.

@@ -69,7 +69,7 @@ def specustream(tiers: tuple[int, ...], slots: int, **coefficients: Any) -> Poli
             dwell=0,
             idle_s=0.0,
             plain_s=0.0,
-            patience=1.0,
+            patience=0.0,  # the first probe comes at once: of drafts nothing is known yet
             seen_B=np.full(slots, NOT_RUN),
         )
 
@@ -119,14 +119,14 @@ def _maybe_probe(state: State, context: DepthContext, by: SpecuStreamConfig) -> 
     if context.tiers_A[home] > 0 or arm == len(context.tiers_A) or not state.plain_s:
         return home, state
     if 2 * np.count_nonzero(state.seen_B != context.holder_B) > context.batch:
-        state = state._replace(patience=1.0)
+        state = state._replace(patience=min(state.patience, 1.0))
     extra = float(context.cost_A[arm] / max(context.cost_A[home], _UNMEASURED)) - 1
     # What there is to catch up grows with idle time: it counts for no more than a few rounds, so that a probe comes.
     catch_up_s = min(float(context.switch_A[arm]), _CATCH_UP * state.plain_s)
     price_s = state.plain_s * max(extra, by.probe_budget) + catch_up_s
     if by.probe_budget * state.idle_s < state.patience * price_s:
         return home, state
-    return arm, state._replace(patience=min(2 * state.patience, by.patience), seen_B=context.holder_B)
+    return arm, state._replace(patience=min(max(2 * state.patience, 1.0), by.patience), seen_B=context.holder_B)
 
 
 def _maybe_explore(
