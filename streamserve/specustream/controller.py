@@ -49,7 +49,8 @@ class Ticket(NamedTuple):
     slots: int  # how many the program runs over
     context: DepthContext
     plan: Plan
-    logged: Any  # what the log calls it
+    chooser: object  # the policy that chose it, as long as it decides; None where the depth was pinned
+    logged: int | None  # what the log calls it
 
 
 class DraftWay(NamedTuple):
@@ -83,7 +84,7 @@ class SpecuStream:
 
         Args:
           policy: a depth policy over `costs.tiers`.
-          costs: predicted times; refreshed here with measured ones.
+          costs: predicted times; a copy of them is refreshed with measured ones.
           slots: B.
           rounds: R, of a whole tick.
           seed: of the policy's and the synthetic process's random numbers.
@@ -103,14 +104,14 @@ class SpecuStream:
         """Let another policy decide from now on, as if nothing had been learnt; the ticks under way teach nobody."""
         self._policy = HostPolicy(policy, num_arms=len(self._tiers), seed=self._seed + self._lane)
         self._costs, self._previous = copy.deepcopy(self._measured), -1
-        self._epoch, self._feedbacks = object(), 0
+        self._chooser, self._feedbacks = object(), 0
         if self._way.process is not None:
             self._process_state = self._way.process.init()
             self._process_noise = np.random.default_rng([self._seed, self._lane, 1])
 
     def stop_logging(self) -> None:
         """Log no further decisions; nobody is told of the ticks under way."""
-        self._log, self._epoch = None, object()
+        self._log, self._chooser = None, object()
 
     def pin(self, depth: int | None, *, tier: int | None = None) -> None:
         """Run every tick by the program of depth `tier`, drafting `depth` tokens; None lets the policy decide again.
@@ -158,8 +159,8 @@ class SpecuStream:
             wants_divergence=_array(np.bool_, plan.wants_divergence),
             acceptance=self._acceptance(context),
         )
-        epoch = self._epoch if self._pinned is None else None
-        return Ticket(tier, step_plan, slots, context, plan, (epoch, logged))
+        chooser = self._chooser if self._pinned is None else None
+        return Ticket(tier, step_plan, slots, context, plan, chooser, logged)
 
     def learn(self, ticket: Ticket, output: StepOutput, seconds: float, now_s: float) -> None:
         """Learn from a tick.
@@ -180,13 +181,12 @@ class SpecuStream:
                 self._costs.observe(ticket.slots, context.mean_length, plan.arm, seconds / rounds)
             longest_s = _STALL * (rounds * context.cost_A[plan.arm] + context.switch_A[plan.arm])
             stats = stats._replace(seconds=min(seconds, float(longest_s)))
-        epoch, logged = ticket.logged
-        if epoch is not self._epoch:
+        if ticket.chooser is not self._chooser:
             return  # it was not this policy's choice
         self._policy.update(context, plan, stats)
         self._feedbacks += 1
-        if self._log is not None:
-            self._log.learn(logged, stats, now_s)
+        if self._log is not None and ticket.logged is not None:
+            self._log.learn(ticket.logged, stats, now_s)
 
     def _context(self, load: LaneLoad, slots: int) -> DepthContext:
         cost_A, draft_A = self._costs.lookup(slots, load.mean_length)

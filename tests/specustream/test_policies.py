@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
+from streamserve import parts
 from streamserve.specustream import policies
 from streamserve.specustream.depth import NOT_RUN, DepthContext, Plan, StepStats, StopRule, whole
 from streamserve.specustream.policies import acceptance, plans
@@ -18,26 +19,7 @@ from streamserve.specustream.policies.ema_tiers import _next_arm
 from streamserve.specustream.policies.nightjar import _losses
 
 # A new policy is one line here.
-POLICIES = {
-    "adaedl": policies.adaedl,
-    "batch_table": policies.batch_table,
-    "budget": policies.budget,
-    "confidence_stop": policies.confidence_stop,
-    "dsde": policies.dsde,
-    "ema_tiers": policies.ema_tiers,
-    "exp3spec": policies.exp3spec,
-    "exp3spec_rate": policies.exp3spec_rate,
-    "fixed": policies.fixed,
-    "goodput": policies.goodput,
-    "heuristic": policies.heuristic,
-    "nightjar": policies.nightjar,
-    "thompson": policies.thompson,
-    "ucbspec": policies.ucbspec,
-    "ucbspec_rate": policies.ucbspec_rate,
-    "oracle": policies.oracle,
-    "specustream": policies.specustream,
-    "specustream_paper": policies.specustream_paper,
-}
+POLICIES = {**parts.POLICIES, "fixed": policies.fixed}
 MAY_STAY_AT_ZERO = {"batch_table", "fixed", "heuristic", "oracle"}  # they do what they were told or know
 TIERS = [(0, 1, 2, 4, 8), (0, 1), (0,), (4,), (1, 3), (2, 4, 6)]
 ROUNDS = 3

@@ -30,6 +30,18 @@ class Counts(NamedTuple):
     lane_tried_K: np.ndarray
 
 
+class Watched(NamedTuple):
+    """What a policy knows that predicts goodput from counts, and probes after too long without a draft.
+
+    Attributes:
+      counts: observations of acceptance.
+      idle: plans without drafts in a row.
+    """
+
+    counts: Counts
+    idle: int
+
+
 def observe(stats: StepStats) -> tuple[np.ndarray, np.ndarray]:
     """Count leading positions of each round that were accepted, and those observed.
 

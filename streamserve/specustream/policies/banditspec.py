@@ -50,10 +50,10 @@ def ucbspec(
 
     def update(state: BanditSpecState, context: DepthContext, plan: Plan, stats: StepStats) -> BanditSpecState:
         del context
-        if not (rewards.timed(stats) if per_second else rewards.ran(stats)):
+        earned = _earned(state, stats, per_second=per_second, memory=memory)
+        if earned is None:
             return state
-        reward = rewards.row_rate(stats) if per_second else rewards.tokens_per_verification(stats)
-        width = max(memory * state.width, reward) if per_second else state.width
+        reward, width = earned
         return BanditSpecState(bandit.update(state.bandit, 0.5 * width, plan, reward), width)
 
     return Policy(init=init, choose=choose, update=update)
@@ -86,14 +86,25 @@ def exp3spec(
 
     def update(state: BanditSpecState, context: DepthContext, plan: Plan, stats: StepStats) -> BanditSpecState:
         del context
-        if not (rewards.timed(stats) if per_second else rewards.ran(stats)):
+        earned = _earned(state, stats, per_second=per_second, memory=memory)
+        if earned is None:
             return state
-        reward = rewards.row_rate(stats) if per_second else rewards.tokens_per_verification(stats) - 1.0
-        width = max(memory * state.width, reward) if per_second else state.width
-        scaled = reward / width if width > 0.0 else 0.0
+        reward, width = earned
+        least = 0.0 if per_second else 1.0
+        scaled = (reward - least) / width if width > 0.0 else 0.0
         return BanditSpecState(bandit.update(state.bandit, None, plan, scaled), width)
 
     return Policy(init=init, choose=choose, update=update)
+
+
+def _earned(state: BanditSpecState, stats: StepStats, *, per_second: bool, memory: float) -> tuple[float, float] | None:
+    """Give the reward of a tick and the width of rewards after it; None where nothing was measured."""
+    if not per_second:
+        return (rewards.tokens_per_verification(stats), state.width) if rewards.ran(stats) else None
+    if not rewards.timed(stats):
+        return None
+    reward = rewards.row_rate(stats)
+    return reward, max(memory * state.width, reward)
 
 
 def ucbspec_rate(tiers: tuple[int, ...], slots: int, *, delta: float = 0.05, memory: float = 0.999) -> Policy:

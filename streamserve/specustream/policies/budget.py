@@ -1,27 +1,11 @@
 """A budget of verified tokens, spent where it is most likely to be accepted."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from streamserve.bandits import Policy
 from streamserve.specustream.depth import NOT_RUN, DepthContext, Plan, StepStats
 from streamserve.specustream.policies import acceptance
-from streamserve.specustream.policies.plans import cover, probe
-
-_SHORTEST = 1e-9  # s, least price of a round: a table may hold zeros before it has been measured
-
-
-class BudgetState(NamedTuple):
-    """What is known.
-
-    Attributes:
-      counts: observations of acceptance.
-      idle: plans without drafts in a row.
-    """
-
-    counts: acceptance.Counts
-    idle: int
+from streamserve.specustream.policies.plans import SHORTEST_S, cover, probe
 
 
 def spend(survival_BK: np.ndarray, rows: int, context: DepthContext) -> np.ndarray:
@@ -45,7 +29,7 @@ def spend(survival_BK: np.ndarray, rows: int, context: DepthContext) -> np.ndarr
     deepest_M = np.concatenate([[0], np.maximum.accumulate(position_M + 1)])
     tokens_M = rows + np.concatenate([[0.0], np.cumsum(survival_KB.ravel()[order_M])])
     arm_M = np.searchsorted(context.tiers_A, deepest_M)
-    best = int(np.argmax(tokens_M / np.maximum(context.cost_A[arm_M], _SHORTEST)))
+    best = int(np.argmax(tokens_M / np.maximum(context.cost_A[arm_M], SHORTEST_S)))
     return np.bincount(slot_M[:best], minlength=survival_BK.shape[0])
 
 
@@ -73,19 +57,21 @@ def budget(
       probe_every: plans without drafts before one with the smallest depth.
     """
 
-    def init() -> BudgetState:
-        return BudgetState(acceptance.nothing(slots, tiers[-1]), 0)
+    def init() -> acceptance.Watched:
+        return acceptance.Watched(acceptance.nothing(slots, tiers[-1]), 0)
 
-    def choose(state: BudgetState, context: DepthContext, noise_A2: np.ndarray) -> tuple[Plan, BudgetState]:
+    def choose(
+        state: acceptance.Watched, context: DepthContext, noise_A2: np.ndarray
+    ) -> tuple[Plan, acceptance.Watched]:
         del noise_A2
         counts = acceptance.seat(state.counts, context)
         held_B = context.holder_B != NOT_RUN
         survival_BK = np.cumprod(acceptance.estimate(counts, prior, prior_weight), axis=1) * held_B[:, None]
         wanted_B = spend(survival_BK, int(np.count_nonzero(held_B)), context)
         plan, idle = probe(cover(context, wanted_B), context, state.idle, probe_every)
-        return plan, BudgetState(counts, idle)
+        return plan, acceptance.Watched(counts, idle)
 
-    def update(state: BudgetState, context: DepthContext, plan: Plan, stats: StepStats) -> BudgetState:
+    def update(state: acceptance.Watched, context: DepthContext, plan: Plan, stats: StepStats) -> acceptance.Watched:
         del plan
         return state._replace(counts=acceptance.learn(state.counts, context, stats, discount))
 

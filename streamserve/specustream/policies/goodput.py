@@ -1,28 +1,13 @@
 """The depth of the largest predicted goodput."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from streamserve.bandits import Policy
 from streamserve.specustream.depth import NOT_RUN, DepthContext, Plan, StepStats, whole
 from streamserve.specustream.policies import acceptance
-from streamserve.specustream.policies.plans import probe
+from streamserve.specustream.policies.plans import SHORTEST_S, probe
 
-_SHORTEST = 1e-9  # s, least price of a round: a table may hold zeros before it has been measured
 _SUREST = 0.9999  # acceptance at most: the geometric series has no closed form at one
-
-
-class GoodputState(NamedTuple):
-    """What is known.
-
-    Attributes:
-      counts: observations of acceptance.
-      idle: plans without drafts in a row.
-    """
-
-    counts: acceptance.Counts
-    idle: int
 
 
 def goodput(
@@ -49,20 +34,22 @@ def goodput(
       probe_every: plans without drafts before one with the smallest depth.
     """
 
-    def init() -> GoodputState:
-        return GoodputState(acceptance.nothing(slots, max(tiers[-1], 1)), 0)
+    def init() -> acceptance.Watched:
+        return acceptance.Watched(acceptance.nothing(slots, max(tiers[-1], 1)), 0)
 
-    def choose(state: GoodputState, context: DepthContext, noise_A2: np.ndarray) -> tuple[Plan, GoodputState]:
+    def choose(
+        state: acceptance.Watched, context: DepthContext, noise_A2: np.ndarray
+    ) -> tuple[Plan, acceptance.Watched]:
         del noise_A2
         counts = acceptance.seat(state.counts, context)
         accept_B1 = acceptance.estimate(acceptance.over_positions(counts), prior, prior_weight)
         accept_B1 = np.minimum(accept_B1[context.holder_B != NOT_RUN], _SUREST)
         tokens_BA = (1.0 - accept_B1 ** (context.tiers_A + 1)) / (1.0 - accept_B1)
-        arm = int(np.argmax(tokens_BA.sum(axis=0) / np.maximum(context.cost_A, _SHORTEST)))
+        arm = int(np.argmax(tokens_BA.sum(axis=0) / np.maximum(context.cost_A, SHORTEST_S)))
         plan, idle = probe(whole(context, arm), context, state.idle, probe_every)
-        return plan, GoodputState(counts, idle)
+        return plan, acceptance.Watched(counts, idle)
 
-    def update(state: GoodputState, context: DepthContext, plan: Plan, stats: StepStats) -> GoodputState:
+    def update(state: acceptance.Watched, context: DepthContext, plan: Plan, stats: StepStats) -> acceptance.Watched:
         del plan
         return state._replace(counts=acceptance.learn(state.counts, context, stats, discount))
 

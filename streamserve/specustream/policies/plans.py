@@ -4,6 +4,8 @@ import numpy as np
 
 from streamserve.specustream.depth import NOT_RUN, DepthContext, Plan, whole
 
+SHORTEST_S = 1e-9  # s, least time of a round that is divided by
+
 
 def cover(context: DepthContext, wanted_B: np.ndarray) -> Plan:
     """Plan a depth for each slot, with the smallest arm that has them all.

@@ -20,9 +20,9 @@ from streamserve.config import SpecuStreamConfig
 from streamserve.specustream.depth import NOT_RUN, DepthContext, Plan, StepStats, whole
 from streamserve.specustream.policies import horizons as acceptance
 from streamserve.specustream.policies.horizons import Horizons, Learning
+from streamserve.specustream.policies.plans import SHORTEST_S
 
 _CATCH_UP = 2.0  # plain ticks, the most that catching up counts for in the price of a probe
-_UNMEASURED = 1e-9  # s, least time of a round: a table that was never measured may hold zeros
 
 
 class State(NamedTuple):
@@ -98,7 +98,7 @@ def predicted_goodput(state: State, context: DepthContext, by: SpecuStreamConfig
     total_A, ticks_A = state.residual_2A
     pooled = total_A.sum() / (ticks_A.sum() + by.likeness)
     factor_A = np.exp((total_A + by.likeness * pooled) / (ticks_A + by.likeness))
-    seconds_A = np.maximum(context.cost_A + context.switch_A / by.amortise, _UNMEASURED)
+    seconds_A = np.maximum(context.cost_A + context.switch_A / by.amortise, SHORTEST_S)
     return (1 + np.maximum(mean_A - by.caution * deviation_A, 0)) * factor_A / seconds_A
 
 
@@ -120,7 +120,7 @@ def _maybe_probe(state: State, context: DepthContext, by: SpecuStreamConfig) -> 
         return home, state
     if 2 * np.count_nonzero(state.seen_B != context.holder_B) > context.batch:
         state = state._replace(patience=min(state.patience, 1.0))
-    extra = float(context.cost_A[arm] / max(context.cost_A[home], _UNMEASURED)) - 1
+    extra = float(context.cost_A[arm] / max(context.cost_A[home], SHORTEST_S)) - 1
     # What there is to catch up grows with idle time: it counts for no more than a few rounds, so that a probe comes.
     catch_up_s = min(float(context.switch_A[arm]), _CATCH_UP * state.plain_s)
     price_s = state.plain_s * max(extra, by.probe_budget) + catch_up_s
