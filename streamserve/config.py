@@ -269,14 +269,120 @@ class SpeculationConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FlowGuardConfig:
+    """Coefficients of the routing policy `flowguard`. A score lies in [0, 1] and has no unit; more is better.
+
+    Attributes:
+      ttft: weight of the score of the predicted time to first token, before anything is learnt; like all weights, the
+        utility that a whole score is worth.
+      tpot: the same of the predicted time per output token, which acceptance and depth decide with the tick.
+      acceptance: of accepted tokens a drafted token there: how far speculation can be relied on.
+      prefix: of the part of the prompt that the prefix cache holds.
+      slots: of the free part of the slots, those that are promised taken off.
+      pages: of the free part of the pages.
+      learning: whether weights follow the outcomes.
+      prior_weight: outcomes that the weights above are worth.
+      forget: outcomes after which one weighs 1/e.
+      explore: probability that a request goes to any lane within the guard instead of the best.
+      margin: fraction of the objective by which a prediction may exceed it before the guard shuts the lane; predictions
+        err.
+      stale_s: seconds without a tick after which a lane's measured pace is believed by 1/e: a way back.
+      local_gain: fraction of the predicted time to first token that prefilling where it decodes must save.
+    """
+
+    ttft: float = 0.5
+    tpot: float = 0.3
+    acceptance: float = 0.05
+    prefix: float = 0.05
+    slots: float = 0.05
+    pages: float = 0.05
+    learning: bool = True
+    prior_weight: float = 50.0
+    forget: float = 500.0
+    explore: float = 0.01
+    margin: float = 0.0
+    stale_s: float = 5.0
+    local_gain: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("ttft", "tpot", "acceptance", "prefix", "slots", "pages", "margin", "local_gain"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"flowguard.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("prior_weight", "forget", "stale_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"flowguard.{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.explore <= 1:
+            raise ValueError(f"flowguard.explore must be in [0, 1], got {self.explore}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingConfig:
-    """FlowGuard.
+    """FlowGuard: who chooses the stream pair of a request, and by what a choice is judged.
 
     Attributes:
       policy: a name of `streamserve.parts.ROUTERS`, or a factory of yours as "package.module:factory".
+      ttft_s: objective: seconds from arrival within which a request wants its first token.
+      tpot_s: objective: seconds a token after the first.
+      local_prefill_tokens: longest prompt, tokens, that may be computed on the decode mesh of a disaggregated pair if
+        the policy says so (conditional disaggregation); 0 compiles nothing for it.
+      flowguard: coefficients of the policy of that name.
     """
 
     policy: str = "round_robin"
+    ttft_s: float = 1.0
+    tpot_s: float = 0.1
+    local_prefill_tokens: int = 0
+    flowguard: FlowGuardConfig = FlowGuardConfig()
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"routing.{name} must be positive, got {getattr(self, name)}")
+        _check_range("routing.local_prefill_tokens", self.local_prefill_tokens, 0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LanesConfig:
+    """Stream pairs that differ on purpose, so that routing has something to see on one machine.
+
+    Each field is empty, or has one entry a pair.
+
+    Attributes:
+      slots: decode slots, instead of `pipeserve.max_num_seqs`.
+      decode_pool_tokens: size of the decode mesh's pools, tokens, instead of that of `pipeserve`.
+      slowdown: times, at least 1, that every prefill call and tick seems to take.
+      transfer_delay_s: seconds that every hand-off is held up.
+      down_from_s: seconds from the pair's first request at which it dies; negative for never.
+      down_until_s: seconds from its first request at which it comes back, empty.
+      acceptance: what synthetic acceptance draws from there, instead of `speculation.acceptance`.
+    """
+
+    slots: tuple[int, ...] = ()
+    decode_pool_tokens: tuple[int, ...] = ()
+    slowdown: tuple[float, ...] = ()
+    transfer_delay_s: tuple[float, ...] = ()
+    down_from_s: tuple[float, ...] = ()
+    down_until_s: tuple[float, ...] = ()
+    acceptance: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "decode_pool_tokens"):
+            for value in getattr(self, name):
+                _check_range(f"lanes.{name}", value, 1)
+        if any(value < 1 for value in self.slowdown):
+            raise ValueError(f"lanes.slowdown must be at least 1, got {self.slowdown}")
+        if any(value < 0 for value in self.transfer_delay_s):
+            raise ValueError(f"lanes.transfer_delay_s must not be negative, got {self.transfer_delay_s}")
+        if len(self.down_from_s) != len(self.down_until_s):
+            raise ValueError("lanes.down_from_s and lanes.down_until_s go together")
+        for begin_s, end_s in zip(self.down_from_s, self.down_until_s, strict=True):
+            if begin_s >= 0 and end_s <= begin_s:
+                raise ValueError(f"a pair that dies at {begin_s} s must come back later, not at {end_s} s")
+
+    @property
+    def are_handicapped(self) -> bool:
+        """Whether any pair is slowed down, held up or killed."""
+        return bool(self.slowdown or self.transfer_delay_s or self.down_from_s)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,6 +425,7 @@ class Config:
     pipeserve: PipeServeConfig = PipeServeConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     routing: RoutingConfig = RoutingConfig()
+    lanes: LanesConfig = LanesConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     seed: int = 0
     compilation_cache_dir: str | None = None
@@ -327,6 +434,12 @@ class Config:
         _check_range("seed", self.seed, 0)
         if self.speculation.audit and self.pipeserve.max_logprobs < 2:
             raise ValueError("speculation.audit needs the two best tokens: pipeserve.max_logprobs must be at least 2")
+        for field in dataclasses.fields(LanesConfig):
+            entries = getattr(self.lanes, field.name)
+            if entries and len(entries) != self.topology.num_pairs:
+                raise ValueError(f"lanes.{field.name} has {len(entries)} entries for {self.topology.num_pairs} pairs")
+        if self.lanes.acceptance and self.speculation.method != "synthetic":
+            raise ValueError("lanes.acceptance and speculation.method='synthetic' go together")
 
 
 def from_mapping(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from streamserve.lane_log import LaneLog
+from streamserve.lane_meter import LaneMeter
 from streamserve.lifecycle import State
 from streamserve.pair_protocol import Pair
 from streamserve.sequence import RunningRequest
@@ -44,6 +45,7 @@ class LaneCounters:
         self.ticks = 0
         self.prefill_calls = 0
         self.arrivals = 0  # requests that were sent to the decode mesh
+        self.local_prefills = 0  # requests that were computed there, though there is a prefill mesh
         self.kv_transfers = 0  # of them, those whose pages had to move
         self.kv_transfer_pages = 0
         self.kv_transfer_bytes = 0
@@ -55,17 +57,27 @@ class LaneCounters:
 class Lane:
     """One stream pair and the requests on it."""
 
-    def __init__(self, index: int, pair: Pair, specustream: SpecuStream, *, keeps_pages: bool, tracer: Tracer):
+    def __init__(
+        self,
+        index: int,
+        pair: Pair,
+        specustream: SpecuStream,
+        counters: LaneCounters,
+        *,
+        keeps_pages: bool,
+        tracer: Tracer,
+    ):
         """Open an empty book.
 
         Args:
           index: of the lane.
           pair: nobody else uses it.
           specustream: plans the ticks.
+          counters: go on counting.
           keeps_pages: a request that loses its slot keeps its pages in the host's memory.
           tracer: is told what happened when.
         """
-        self.index, self.pair, self.counters = index, pair, LaneCounters()
+        self.index, self.pair, self.counters = index, pair, counters
         self.specustream = specustream
         self._deepest = pair.sizes.tiers[-1]
         self._keeps_pages, self._log = keeps_pages, LaneLog(index, tracer)
@@ -80,8 +92,8 @@ class Lane:
         self._num_insertions = 0
         self._kept: dict[str, Any] = {}  # PREEMPTED
         self._ticks: collections.deque[Tick] = collections.deque()
-        self._last_tick_s = 0.0  # when a tick was last seen to end
-        self._accepted_per_step = 0.0
+        self._last_tick_s = self._last_call_s = 0.0  # when a tick and a prefill call were last seen to end
+        self._meter = LaneMeter()
 
     # --- state
 
@@ -100,30 +112,48 @@ class Lane:
         """Whether anything is under way."""
         return bool(self._requests or self._ticks)
 
-    def stats(self) -> LaneStats:
+    def stats(self, now_s: float) -> LaneStats:
         """Take a snapshot for FlowGuard."""
+        pair, page_size = self.pair, self.pair.sizes.page_size
+        called_tiles = sum(count for call, _, _ in self._calls if not call.local for _, count in call.parts)
         return LaneStats(
             lane=self.index,
-            free_slots=self.pair.free_slots,
-            num_slots=self.pair.num_slots,
-            free_pages=self.pair.free_pages,
-            running=len(self._slots),
+            is_up=pair.is_up,
+            num_slots=pair.num_slots,
+            free_slots=pair.free_slots,
+            num_pages=pair.num_pages,
+            free_pages=pair.free_pages,
+            waiting=len(self._tasks) - len(self._computable),
             in_transit=self.num_before_slot,
-            queued_prefill_tokens=self.pair.waiting_tiles * self.pair.sizes.page_size,
-            accepted_per_step=self._accepted_per_step,
+            running=len(self._slots),
+            queued_prefill_tokens=(pair.waiting_tiles + called_tiles) * page_size,
+            transfer_backlog_bytes=sum(transit.item.transfer_bytes for transit in self._transit.values()),
+            local_tokens=pair.local_tokens,
+            pace=self._meter.pace(now_s),
         )
+
+    def cached_tokens(self, running: RunningRequest) -> int:
+        """Count the tokens of a request's prompt that the prefix cache holds."""
+        return self.pair.cached_tokens(running.job().tokens)
+
+    @property
+    def tick_due_s(self) -> float:
+        """When the oldest tick is expected to be done, by the loop's clock; `decoding` must hold."""
+        assert self._ticks, "no tick is under way"
+        return max(self._ticks[0].begun_s, self._last_tick_s) + self._meter.tick_s
 
     # --- stages
 
-    def begin(self, running: RunningRequest) -> Deferred | None:
-        """Reserve the pages of a prompt.
+    def begin(self, running: RunningRequest, *, local: bool = False) -> Deferred | None:
+        """Reserve the pages of a prompt; `local` computes it where it is decoded.
 
         Raises:
           ValueError: it can never be served.
         """
-        if self.pair.colocated and any(self._rank(request_id) < running.rank for request_id in self._kept):
+        shares = self.pair.colocated or local
+        if shares and any(self._rank(request_id) < running.rank for request_id in self._kept):
             return Deferred("a preempted request waits for pages of the same pool")
-        task = self.pair.begin(running.job())
+        task = self.pair.begin_locally(running.job()) if local else self.pair.begin(running.job())
         if isinstance(task, Deferred):
             return task
         running.life.move(State.PREFILL)
@@ -136,20 +166,27 @@ class Lane:
 
     def note_computed(self, now_s: float) -> None:
         """See which prefill calls are done."""
-        while self._calls and self.pair.is_computed(self._calls[0][0]):
-            call, completed, begun_s = self._calls.popleft()
+        for entry in [entry for entry in self._calls if self.pair.is_computed(entry[0])]:
+            self._calls.remove(entry)
+            call, completed, begun_s = entry
             tokens = sum(count for _, count in call.parts) * self.pair.sizes.page_size
+            if not call.local:  # what runs between ticks says nothing of the prefill mesh
+                self._meter.called(tokens, now_s - max(begun_s, self._last_call_s))
+                self._last_call_s = now_s
             here = [running for running in completed if self._requests.get(running.request_id) is running]
             self._log.called(tokens, len(call.parts), [running.request_id for running in here], begun_s, now_s)
             for running in here:
                 running.stamps.prefilled(now_s)
 
     def prefill(self, now_s: float, max_calls: int) -> bool:
-        """Dispatch a prefill call unless `max_calls` are under way; whether it did.
+        """Dispatch a prefill call unless `max_calls` are under way on its mesh; whether it did.
 
         One at a time: what a hand-off does on the prefill mesh has to come before the next call there.
         """
-        call = self.pair.prefill() if len(self._calls) < max_calls else None
+        num_local = sum(call.local for call, _, _ in self._calls)
+        call = self.pair.prefill() if len(self._calls) - num_local < max_calls else None
+        if call is None and num_local < max_calls:
+            call = self.pair.prefill_locally()
         if call is None:
             return False
         self.counters.prefill_calls += 1
@@ -172,7 +209,7 @@ class Lane:
                 return
             if request_id in self._kept:
                 blocked = blocked or not self._send(request_id, self.pair.resume, self._kept, now_s)
-            elif self.pair.colocated or not blocked:  # what is colocated has its pages, and must not wait behind others
+            elif self._has_its_pages(request_id) or not blocked:  # then it must not wait behind others
                 if self._send(request_id, self.pair.hand_off, self._tasks, now_s):
                     self._computable.remove(request_id)
                 else:
@@ -210,6 +247,7 @@ class Lane:
                 running.stamps.transferred(now_s)
                 if item.transfer_pages:
                     begun_s = max(begun_s, running.stamps.prefilled_s or 0.0)  # it was dispatched behind the last call
+                    self._meter.arrived(len(running.job().tokens), item.transfer_bytes, now_s - begun_s)
                     self._log.arrived(running.request_id, item.transfer_pages, item.transfer_bytes, begun_s, now_s)
             if not self.pair.free_slots:
                 continue
@@ -275,19 +313,18 @@ class Lane:
             now_s = clock()
             begin_s, self._last_tick_s = max(tick.begun_s, self._last_tick_s), now_s  # they run one after the other
             self.specustream.learn(tick.ticket, output, now_s - begin_s, now_s)
-            first, ended = [], {}
+            first, ended, emitted = [], {}, 0
             for slot, (running, insertion) in tick.holders.items():
                 if self._insertions.get(slot) != insertion:
                     continue  # it left the slot in an earlier tick; this one ran before the host knew
                 known = running.num_tokens
                 if running.take(output, slot, now_s):
                     ended[slot] = running
+                emitted += running.num_tokens - known
                 if running.num_tokens > known == 0:
                     first.append(running.request_id)
             self._log.ticked(len(tick.holders), tick.ticket.tier, first, self.pair.free_pages, begin_s, now_s)
-            ran = output.drafted > 0
-            if ran.any():  # an exponential average over about ten ticks
-                self._accepted_per_step += 0.1 * (float(output.accepted[ran].mean()) - self._accepted_per_step)
+            self._meter.ticked(output, len(tick.holders), emitted, now_s - begin_s, now_s)
             for running in ended.values():  # they are out before a slot is released: that may fail
                 if running.invalid:
                     self.pair.forget(running.job())
@@ -299,13 +336,17 @@ class Lane:
                 self._leave_slot(slot)
 
     @property
-    def oldest_tick(self) -> Tick | None:
-        """The tick that is read next, if there is one."""
-        return self._ticks[0] if self._ticks else None
+    def ticking(self) -> bool:
+        """Whether a tick is under way."""
+        return bool(self._ticks)
 
     def has_output(self) -> bool:
         """Whether the oldest tick is done, so that `collect` does not wait for it."""
         return bool(self._ticks) and self.pair.is_done(self._ticks[0].pending)
+
+    def note_end(self, ttft_s: float, tpot_s: float, decode_s: float) -> None:
+        """Take in the times of a request that was answered."""
+        self._meter.ended(ttft_s, tpot_s, decode_s)
 
     def decoding_requests(self) -> list[RunningRequest]:
         """List the requests that hold slots."""
@@ -353,6 +394,19 @@ class Lane:
         self.pair.reset()
         return decoding, others
 
+    def evacuate(self) -> list[RunningRequest]:
+        """Empty the lane when its machine is gone; gives all requests, which can begin or go on elsewhere."""
+        decoding, others = self.reset()
+        for running in decoding:
+            running.life.move(State.PREEMPTED)
+            running.num_preemptions += 1
+        for running in others:
+            running.life.move(State.WAITING)
+        kept = list(self._requests.values())
+        self._kept.clear()
+        self._requests.clear()
+        return [*decoding, *kept, *others]
+
     def abandon(self) -> None:
         """Drop everything under way, whatever the loop was doing."""
         if self.busy:
@@ -365,6 +419,10 @@ class Lane:
     def _rank(self, request_id: str) -> tuple[int, float]:
         return self._requests[request_id].rank
 
+    def _has_its_pages(self, request_id: str) -> bool:
+        """Whether a request that is being computed holds pages of the decode mesh already."""
+        return self.pair.colocated or self._tasks[request_id].local
+
     def _send(self, request_id: str, begin: Callable[[Any], Any], waiting: dict[str, Any], now_s: float) -> bool:
         """Start the way to the decode mesh; false while there are no pages for it."""
         item = begin(waiting[request_id])
@@ -376,7 +434,9 @@ class Lane:
         running.stamps.handed_off(now_s)
         running.transfer_pages += item.transfer_pages
         running.transfer_bytes += item.transfer_bytes
-        self.counters.arrivals += 1
+        local = item.task is not None and item.task.local
+        self.counters.arrivals += not local
+        self.counters.local_prefills += local
         self.counters.kv_transfers += bool(item.transfer_pages)
         self.counters.kv_transfer_pages += item.transfer_pages
         self.counters.kv_transfer_bytes += item.transfer_bytes
@@ -386,7 +446,7 @@ class Lane:
     def _deprive(self, now_s: float) -> Iterator[RunningRequest]:
         """Take its pages from the least important request that holds some for decoding; yields it if it leaves."""
         holders = [self._requests[request_id] for request_id in self._transit]
-        holders += [self._requests[request_id] for request_id in self._tasks] if self.pair.colocated else []
+        holders += [self._requests[request_id] for request_id in self._tasks if self._has_its_pages(request_id)]
         victim = max([*holders, *self._slots.values()], key=lambda running: running.rank)
         if victim in holders:
             self.drop(victim)

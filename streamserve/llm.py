@@ -16,6 +16,7 @@ import tqdm
 from streamserve import mesh as meshes
 from streamserve import parts
 from streamserve.config import BUNDLED_TARGET, Config, from_mapping
+from streamserve.flowguard import RouteLog
 from streamserve.lifecycle import State
 from streamserve.metrics import EngineStats
 from streamserve.models import resolve_path
@@ -113,6 +114,7 @@ class LLM:
         use_tqdm: bool = False,
         trace: str | os.PathLike[str] | None = None,
         decisions: str | os.PathLike[str] | None = None,
+        routes: str | os.PathLike[str] | None = None,
     ) -> "LLM":
         """Build from a whole configuration; raises as the constructor does.
 
@@ -121,6 +123,7 @@ class LLM:
           use_tqdm: show a progress bar while compiling.
           trace: file for a timeline of what the engine does, which Perfetto opens; None for none. `close` ends it.
           decisions: file for every decision about the depth of speculation, JSON lines; None for none. `close` ends it.
+          routes: file for every decision about the stream pair of a request, likewise.
         """
         llm = cls.__new__(cls)
         llm._build(config, use_tqdm=use_tqdm)
@@ -128,6 +131,8 @@ class LLM:
             llm._tracer = TraceWriter(trace, epoch_s=time.monotonic())
         if decisions is not None:
             llm._decisions = DecisionLog(decisions, header=parts.log_header(config))
+        if routes is not None:
+            llm._routes = RouteLog(routes, header=parts.route_header(config))
         llm._begin()
         return llm
 
@@ -158,15 +163,16 @@ class LLM:
             self._num_programs = warm_up(self._pairs, use_tqdm=use_tqdm)
         self._costs = parts.lane_costs(config, self._pairs, target, draft)
         self._warmup_s = time.monotonic() - begin_s
-        self._tracer, self._decisions = NullTracer(), None
+        self._tracer, self._decisions, self._routes = NullTracer(), None, None
 
     def _begin(self) -> None:
         """Wire the parts."""
         config = self.config
         self._specustreams = parts.make_specustreams(config, self._pairs, self._costs, self._decisions)
+        self._flowguard = parts.make_flowguard(config, self._routes)
         self._scheduler = StreamScheduler(
-            self._pairs,
-            parts.make_flowguard(config),
+            parts.handicapped(config, self._pairs),
+            self._flowguard,
             config.scheduler,
             specustreams=self._specustreams,
             max_prefills=config.pipeserve.max_prefills,
@@ -252,8 +258,28 @@ class LLM:
         Raises:
           RuntimeError: another stream of this engine has not ended.
         """
+        yield from self._outputs(self._scheduler.run(self._requests(prompts)))
+
+    def serve(self, arrivals: Iterable[tuple[float, Prompt]]) -> Iterator[RequestOutput]:
+        """Serve prompts that come when they come, whether or not there is room: an open loop.
+
+        Args:
+          arrivals: seconds from now and the prompt, in the order of time. Times of a request are counted from its own
+            arrival, however late the engine gets round to it.
+
+        Yields:
+          One output a prompt, in the order of completion; a refused one, as by a full queue, has `error` set.
+
+        Raises:
+          RuntimeError: another stream of this engine has not ended.
+        """
+        timed = ((at_s, request) for at_s, prompt in arrivals for request in self._requests([prompt]))
+        yield from self._outputs(self._scheduler.serve(timed))
+
+    def _outputs(self, run: Iterator[Finished]) -> Iterator[RequestOutput]:
+        """Gather the completions of each prompt."""
         self._opened = {}
-        for finished in self._counted(self._scheduler.run(self._requests(prompts))):
+        for finished in self._counted(run):
             order = finished.request_id.partition(".")[0]
             output = self._opened[order].take(finished)
             if output is not None:
@@ -277,13 +303,39 @@ class LLM:
         return any(cancelled)
 
     def close(self) -> None:
-        """Finish the trace and the log of decisions, if there are any. The engine can go on without them."""
+        """Finish the trace and the logs of decisions, if there are any. The engine can go on without them."""
         self._tracer.close()
         for specustream in self._specustreams:
             specustream.stop_logging()
         if self._decisions is not None:
             self._decisions.close()
             self._decisions = None
+        self._flowguard.stop_logging()
+        if self._routes is not None:
+            self._routes.close()
+            self._routes = None
+
+    def use_router(self, name: str) -> None:
+        """Let another routing policy decide from now on, over lanes as they were when the engine was built.
+
+        Prefix caches are emptied, what lanes have measured is forgotten, and their handicaps begin anew.
+
+        Args:
+          name: as `routing.policy`.
+
+        Raises:
+          ValueError: the name stands for nothing, or routes are logged: a log is about one policy.
+          RuntimeError: requests are being served.
+        """
+        if self._routes is not None:
+            raise ValueError("the log of routes is about one policy; build an engine without one to change it")
+        if not self._scheduler.idle:
+            raise RuntimeError("requests are being served; the router changes between two runs")
+        make = parts.make_router(self.config, name=name)
+        for pair in self._pairs:
+            pair.forget_prefixes()
+        self._flowguard.use(make)
+        self._scheduler.use_pairs(parts.handicapped(self.config, self._pairs))
 
     def use_policy(self, name: str) -> None:
         """Let another depth policy decide from now on, without what it, the costs and the drafter have learnt so far.

@@ -9,8 +9,8 @@ from streamserve.types import Deferred, Job, StepOutput, StepPlan, TokenLogprobs
 class Pair(Protocol):
     """What a lane needs of a stream pair, `pipeserve.StreamPair`. Its tasks, calls and items are opaque but for names.
 
-    A task has `cached_tokens` and `row`; a call has `parts` and `done`; an item `task`, `kept`, `transfer_pages` and
-    `transfer_bytes`.
+    A task has `cached_tokens`, `local` and `row`; a call has `parts`, `done` and `local`; an item `task`, `kept`,
+    `transfer_pages` and `transfer_bytes`.
     """
 
     @property
@@ -44,13 +44,26 @@ class Pair(Protocol):
         ...
 
     @property
+    def is_up(self) -> bool:
+        """Whether its machine works; what was on it is lost when it does not."""
+        ...
+
+    @property
     def colocated(self) -> bool:
         """Whether prefill and decode share one mesh."""
         ...
 
+    @property
+    def local_tokens(self) -> int:
+        """Longest prompt that can be computed where it is decoded, though there is a prefill mesh; 0 for none."""
+        ...
+
     sizes: Any
+    cached_tokens: Callable[[tuple[int, ...]], int]
     begin: Callable[[Job], Any]
+    begin_locally: Callable[[Job], Any]
     prefill: Callable[[], Any]
+    prefill_locally: Callable[[], Any]
     is_computed: Callable[[Any], bool]
     is_prompt_computed: Callable[[Any], bool]
     drop: Callable[[Any], None]

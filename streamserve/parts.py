@@ -18,10 +18,13 @@ import numpy as np
 
 from streamserve import mesh as meshes
 from streamserve.bandits import Policy
-from streamserve.config import Config, SpeculationConfig
-from streamserve.flowguard import FlowGuard, round_robin
+from streamserve.config import Config, PipeServeConfig, SpeculationConfig
+from streamserve.flowguard import FlowGuard, MakeRouter, Objective, RouteLog, routers
 from streamserve.models import Model, load_model, place, resolve_path
+from streamserve.pair_protocol import Pair
 from streamserve.pipeserve import (
+    Handicap,
+    HandicappedPair,
     LaneSizes,
     PairModels,
     Programs,
@@ -45,7 +48,18 @@ from streamserve.specustream import (
 from streamserve.tokenizer import Tokenizer, load_tokenizer
 
 # Names in a config and the factories behind them: a new one is one more line.
-ROUTERS: Mapping[str, Callable[[int], Policy]] = {"round_robin": round_robin}
+ROUTERS: Mapping[str, MakeRouter] = {
+    "flowguard": routers.flowguard,
+    "flowguard_paper": routers.flowguard_paper,
+    "kv_cost": routers.kv_cost,
+    "least_outstanding": routers.least_outstanding,
+    "min_latency": routers.min_latency,
+    "power_of_two": routers.power_of_two,
+    "prefix_aware": routers.prefix_aware,
+    "random": routers.uniform,
+    "round_robin": routers.round_robin,
+    "weighted_scorers": routers.weighted_scorers,
+}
 POLICIES: Mapping[str, MakeDepthPolicy] = {
     "adaedl": policies.adaedl,
     "batch_table": policies.batch_table,
@@ -117,8 +131,8 @@ def check_names(config: Config) -> None:
         find("speculation.method", speculation.method, DRAFTERS, others=("none", *MODEL_METHODS))
     if speculation.policy == "oracle" and speculation.method != "synthetic":
         raise ValueError("speculation.policy='oracle' knows the true acceptance, which only method='synthetic' has")
-    if speculation.acceptance is not None:
-        synthetic.parse(speculation.acceptance, max(speculation.depths))
+    for told in (*((speculation.acceptance,) if speculation.acceptance else ()), *config.lanes.acceptance):
+        synthetic.parse(told, max(speculation.depths))
 
 
 def make_policy(config: SpeculationConfig, slots: int, *, name: str | None = None) -> Policy:
@@ -148,10 +162,77 @@ def make_policy(config: SpeculationConfig, slots: int, *, name: str | None = Non
     return policy
 
 
-def make_flowguard(config: Config) -> FlowGuard:
+def make_router(config: Config, *, name: str | None = None) -> MakeRouter:
+    """Find what builds the routing policy.
+
+    Args:
+      config: names the policy and its coefficients.
+      name: of another policy.
+
+    Raises:
+      ValueError: a name that stands for nothing.
+    """
+    name = config.routing.policy if name is None else name
+    factory = find("routing.policy", name, ROUTERS)
+    if factory is routers.flowguard:
+        return functools.partial(factory, **dataclasses.asdict(config.routing.flowguard))
+
+    def make(num_lanes: int) -> Policy:
+        policy = factory(num_lanes)
+        if not isinstance(policy, Policy):
+            raise ValueError(f"routing.policy {name!r} made a {type(policy).__name__}, not a Policy")
+        return policy
+
+    return make
+
+
+def make_flowguard(config: Config, log: RouteLog | None) -> FlowGuard:
     """Build the router."""
-    router = find("routing.policy", config.routing.policy, ROUTERS)
-    return FlowGuard(router, num_lanes=config.topology.num_pairs, seed=config.seed)
+    routing = config.routing
+    return FlowGuard(
+        make_router(config),
+        num_lanes=config.topology.num_pairs,
+        seed=config.seed,
+        objective=Objective(ttft_s=routing.ttft_s, tpot_s=routing.tpot_s),
+        log=log,
+    )
+
+
+def handicapped(config: Config, pairs: Sequence[StreamPair]) -> list[Pair]:
+    """Put handicaps before the pairs that have one."""
+    lanes = config.lanes
+    if not lanes.are_handicapped:
+        return list(pairs)
+    return [
+        HandicappedPair(
+            pair,
+            Handicap(
+                slowdown=_entry(lanes.slowdown, pair.index, 1.0),
+                transfer_delay_s=_entry(lanes.transfer_delay_s, pair.index, 0.0),
+                down_from_s=_entry(lanes.down_from_s, pair.index, -1.0),
+                down_until_s=_entry(lanes.down_until_s, pair.index, -1.0),
+            ),
+        )
+        for pair in pairs
+    ]
+
+
+def _entry(entries: Sequence[Any], index: int, otherwise: Any) -> Any:
+    """Give a lane's entry of a field of `LanesConfig`."""
+    return entries[index] if entries else otherwise
+
+
+def route_header(config: Config) -> dict[str, Any]:
+    """Say what a log of routes is about, as far as its replay needs it."""
+    return {
+        "policy": config.routing.policy,
+        "num_lanes": config.topology.num_pairs,
+        "seed": config.seed,
+        "flowguard": dataclasses.asdict(config.routing.flowguard),
+        "lanes": dataclasses.asdict(config.lanes),
+        "synthetic": config.speculation.method == "synthetic",
+        "numpy": np.__version__,
+    }
 
 
 def make_specustreams(
@@ -159,10 +240,11 @@ def make_specustreams(
 ) -> list[SpecuStream]:
     """Build what plans the ticks of each lane."""
     speculation = config.speculation
-    process = None
-    if speculation.acceptance is not None:
-        process = synthetic.parse(speculation.acceptance, max(speculation.depths))
-    way = DraftWay(catches_up=speculation.method in MODEL_METHODS, process=process)
+    ways = []
+    for pair in pairs:
+        told = _entry(config.lanes.acceptance, pair.index, speculation.acceptance)
+        process = None if told is None else synthetic.parse(told, max(speculation.depths))
+        ways.append(DraftWay(catches_up=speculation.method in MODEL_METHODS, process=process))
     return [
         SpecuStream(
             make_policy(speculation, pair.num_slots),
@@ -174,7 +256,7 @@ def make_specustreams(
             way=way,
             log=log,
         )
-        for pair in pairs
+        for pair, way in zip(pairs, ways, strict=True)
     ]
 
 
@@ -183,12 +265,13 @@ def lane_costs(config: Config, pairs: Sequence[StreamPair], target: Model, draft
 
     Nothing is measured where there is one depth alone.
     """
-    sizes, speculation = pairs[0].sizes, config.speculation
+    pair = max(pairs, key=lambda pair: pair.num_slots)
+    sizes, speculation = pair.sizes, config.speculation
     if len(sizes.tiers) == 1 or (speculation.policy == "fixed" and len(speculation.tiers) < 2):
         return nominal(sizes.tiers, sizes.batches)
     fingerprint = _fingerprint(config, sizes, target, draft)
     measure = functools.partial(
-        measure_costs, pairs[0], context_lengths(sizes.columns * sizes.page_size), fingerprint=fingerprint
+        measure_costs, pair, context_lengths(sizes.columns * sizes.page_size), fingerprint=fingerprint
     )
     if config.compilation_cache_dir is None:
         return measure()
@@ -305,7 +388,8 @@ def make_pairs(
 ) -> list[StreamPair]:
     """Build the lanes, for requests of `longest` tokens; nothing is compiled yet."""
     speculation = config.speculation
-    sizes = lane_sizes(config.pipeserve, max_model_len=longest, tiers=speculation.depths)
+    colocated = config.topology.topology == "colocated"
+    local_tokens = 0 if colocated else config.routing.local_prefill_tokens
     drafter = make_drafter(speculation, draft, target.config.vocab_size)
     verifier = find("speculation.verifier", speculation.verifier, VERIFIERS)()
     if not isinstance(verifier, verify.Verifier):
@@ -322,8 +406,20 @@ def make_pairs(
             decode_params=_params_on(pair.decode, target, draft, drafter),
             synthetic=speculation.method == "synthetic",
         )
-        lanes.append(StreamPair(index, Programs(pair, models, config.pipeserve, sizes)))
+        settings = _lane_config(config, index)
+        sizes = lane_sizes(settings, max_model_len=longest, tiers=speculation.depths, local_tokens=local_tokens)
+        lanes.append(StreamPair(index, Programs(pair, models, settings, sizes)))
     return lanes
+
+
+def _lane_config(config: Config, index: int) -> PipeServeConfig:
+    """Sizes of one lane."""
+    settings, lanes = config.pipeserve, config.lanes
+    return dataclasses.replace(
+        settings,
+        max_num_seqs=_entry(lanes.slots, index, settings.max_num_seqs),
+        decode_pool_tokens=_entry(lanes.decode_pool_tokens, index, settings.decode_pool_tokens),
+    )
 
 
 def _load(config: Config, path: str, mesh: jax.sharding.Mesh) -> Model:

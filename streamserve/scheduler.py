@@ -15,15 +15,16 @@ Every request ends exactly once: finished, refused with a reason, cancelled, tim
 program that fails takes down the requests that were in it; the others on its lane begin again.
 """
 
+import contextlib
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 
 from streamserve.config import SchedulerConfig
-from streamserve.flowguard import FlowGuard
+from streamserve.flowguard import Ask, FlowGuard, RouteOutcome
 from streamserve.lane import Lane, LaneCounters
 from streamserve.lifecycle import State
 from streamserve.pair_protocol import Pair
@@ -34,6 +35,7 @@ from streamserve.types import CompletionOutput, Deferred, Logprob, Request, Requ
 from streamserve.waiting import Entry, WaitingQueue
 
 POLL_S = 0.0003  # pause of the loop while nothing decodes and nothing has changed
+TICK_POLL_S = 0.001  # the same while ticks run: a pass costs a tenth of that, and an arrival waits no longer
 
 
 class Refused(NamedTuple):
@@ -86,11 +88,9 @@ class StreamScheduler:
           tracer: is told what happened when; None for nobody.
         """
         self._tracer = NullTracer() if tracer is None else tracer
-        lanes = [
-            Lane(index, pair, specustream, keeps_pages=keeps_pages, tracer=self._tracer)
-            for index, (pair, specustream) in enumerate(zip(pairs, specustreams, strict=True))
-        ]
-        self.lanes = tuple(lanes)
+        self._specustreams, self._keeps_pages = tuple(specustreams), keeps_pages
+        self.lanes: tuple[Lane, ...] = ()
+        self.use_pairs(pairs)
         self.ends: dict[State, int] = {}  # requests by how they ended
         self._flowguard, self._config, self._max_prefills = flowguard, config, max_prefills
         self._start, self._clock, self._sleep = start, clock, sleep
@@ -100,7 +100,17 @@ class StreamScheduler:
         self._deadlines: list[tuple[float, str]] = []
         self._ended: list[Finished] = []
         self._busy = False
+        self._must_watch = len(self.lanes) > 1  # something may happen while a tick is waited for
         self._traced_waiting = 0
+
+    def use_pairs(self, pairs: Sequence[Pair]) -> None:
+        """Open a new book on each stream pair. What was counted before stays counted; nothing must be under way."""
+        assert not any(lane.busy for lane in self.lanes), "requests are on the lanes"
+        counters = [lane.counters for lane in self.lanes] or [LaneCounters() for _ in pairs]
+        self.lanes = tuple(
+            Lane(index, *book, keeps_pages=self._keeps_pages, tracer=self._tracer)
+            for index, book in enumerate(zip(pairs, self._specustreams, counters, strict=True))
+        )
 
     # --- the door
 
@@ -109,8 +119,12 @@ class StreamScheduler:
         """Whether nothing waits, runs, or has ended without being handed over."""
         return not (self._known or self._ended or any(lane.busy for lane in self.lanes))
 
-    def submit(self, request: Request) -> Deferred | None:
+    def submit(self, request: Request, *, arrival_s: float | None = None) -> Deferred | None:
         """Let a request wait; it ends as REFUSED when the queue is full.
+
+        Args:
+          request: unique by its id among those that have not ended.
+          arrival_s: clock reading from which its times are counted; None for now.
 
         Returns:
           None, or why it was refused. Its end comes from `step` either way.
@@ -120,14 +134,14 @@ class StreamScheduler:
         """
         if request.request_id in self._known:
             raise ValueError(f"request {request.request_id} is being served already")
-        now_s = self._clock()
-        running = self._start(request, arrival_s=now_s)
+        arrival_s = self._clock() if arrival_s is None else arrival_s
+        running = self._start(request, arrival_s=arrival_s)
         self._known[request.request_id] = running
         refusal = self._queue.put(request)
         if refusal is not None:
             self._end(running, State.REFUSED, refusal.reason)
         elif request.timeout_s is not None:
-            heapq.heappush(self._deadlines, (now_s + request.timeout_s, request.request_id))
+            heapq.heappush(self._deadlines, (arrival_s + request.timeout_s, request.request_id))
         return refusal
 
     def cancel(self, request_id: str) -> bool:
@@ -152,11 +166,8 @@ class StreamScheduler:
         Raises:
           RuntimeError: another run on the same scheduler has not ended.
         """
-        if self._busy:
-            raise RuntimeError("this engine is already running; finish or close the other run first")
-        self._busy = True
         source, open_input = iter(requests), True
-        try:
+        with self._running():
             while open_input or not self.idle:
                 # 1. Pull as many as lanes can take, and one at least while there is room.
                 room = sum(self._max_prefills - lane.num_before_slot for lane in self.lanes) - len(self._queue)
@@ -165,14 +176,49 @@ class StreamScheduler:
                     if item is None:
                         open_input = False
                         break
-                    if isinstance(item, Refused):
-                        self._hand_over(Finished(item.request_id, State.REFUSED, error=item.reason))
-                    else:
-                        self.submit(item)
+                    self._take_in(item)
                 yield from self.step()
+
+    def serve(self, arrivals: Iterable[tuple[float, Request | Refused]]) -> Iterator[Finished]:
+        """Serve requests that come when they come, whether or not there is room: an open loop.
+
+        Args:
+          arrivals: seconds from now and the request, in the order of time. Each is pulled after the one before it has
+            arrived, and its times are counted from its own, however late the loop gets round to it.
+
+        Yields:
+          Each request's end, in the order of completion. A queue that is full refuses.
+
+        Raises:
+          RuntimeError: another run on the same scheduler has not ended.
+        """
+        source, begin_s = iter(arrivals), self._clock()
+        with self._running():
+            self._must_watch = True
+            arrival = next(source, None)
+            while arrival is not None or not self.idle:
+                while arrival is not None and begin_s + arrival[0] <= self._clock():
+                    self._take_in(arrival[1], arrival_s=begin_s + arrival[0])
+                    arrival = next(source, None)
+                yield from self.step()
+
+    @contextlib.contextmanager
+    def _running(self) -> Generator[None]:
+        """Let one run go on at a time, and leave nothing behind."""
+        if self._busy:
+            raise RuntimeError("this engine is already running; finish or close the other run first")
+        self._busy = True
+        try:
+            yield
         finally:
-            self._busy = False
+            self._busy, self._must_watch = False, len(self.lanes) > 1
             self.shutdown()
+
+    def _take_in(self, item: Request | Refused, *, arrival_s: float | None = None) -> None:
+        if isinstance(item, Refused):
+            self._hand_over(Finished(item.request_id, State.REFUSED, error=item.reason))
+        else:
+            self.submit(item, arrival_s=arrival_s)
 
     def drain(self) -> Iterator[Finished]:
         """Serve what has been submitted to its end."""
@@ -195,17 +241,19 @@ class StreamScheduler:
         """Do each of steps 2 to 8 once; gives the requests that have ended."""
         with jax.transfer_guard("disallow"):
             self._expire()
+            self._evacuate()
             # 2. and 3. Wait, route, reserve.
             self._admit()
             self._note_queue()
             for lane in self.lanes:
                 self._guarded(lane, self._advance)
             # 8. Read and hand over.
-            for lane in self._readable():
+            readable = self._readable()
+            for lane in readable:
                 self._guarded(lane, self._collect)
             ended, self._ended = self._ended, []
-            if not ended and not any(lane.decoding for lane in self.lanes):
-                self._sleep(POLL_S)
+            if not ended and not readable:
+                self._sleep(TICK_POLL_S if any(lane.ticking for lane in self.lanes) else POLL_S)
         return ended
 
     def counters(self) -> LaneCounters:
@@ -222,13 +270,19 @@ class StreamScheduler:
         """Send waiting requests to lanes, in their order, until none has room."""
         full: set[int] = set()
         while (entry := self._queue.peek()) is not None:
-            eligible = [lane.index not in full and lane.num_before_slot < self._max_prefills for lane in self.lanes]
+            eligible = [
+                lane.pair.is_up and lane.index not in full and lane.num_before_slot < self._max_prefills
+                for lane in self.lanes
+            ]
             if not any(eligible):
                 return
-            lane = self.lanes[self._flowguard.route([lane.stats() for lane in self.lanes], eligible)]
-            running = self._known[entry.request.request_id]
+            running, now_s = self._known[entry.request.request_id], self._clock()
+            route = self._flowguard.route(
+                self._ask(running, now_s), [lane.stats(now_s) for lane in self.lanes], eligible
+            )
+            lane = self.lanes[route.arm]
             try:
-                refusal = lane.begin(running)
+                refusal = lane.begin(running, local=route.local)
             except ValueError as error:  # it fits no program
                 self._queue.pop()
                 self._end(running, State.REFUSED if not running.num_tokens else State.FAILED, str(error))
@@ -236,8 +290,27 @@ class StreamScheduler:
             if refusal is not None:
                 full.add(lane.index)
                 continue
+            self._flowguard.begun(now_s)
             self._queue.pop()
             self._entries[running.request_id] = entry
+
+    def _ask(self, running: RunningRequest, now_s: float) -> Ask:
+        """Describe a request to FlowGuard."""
+        return Ask(
+            request_id=running.request_id,
+            prompt_tokens=len(running.job().tokens),
+            max_tokens=running.request.params.max_tokens - running.num_tokens,
+            waited_s=now_s - running.stamps.arrival_s,
+            hit_tokens=tuple(lane.cached_tokens(running) for lane in self.lanes),
+            queue=len(self._queue),
+        )
+
+    def _evacuate(self) -> None:
+        """Take everything off lanes that are down, to begin or go on elsewhere."""
+        for lane in self.lanes:
+            if lane.busy and not lane.pair.is_up:
+                for running in lane.evacuate():
+                    self._wait_again(running)
 
     def _note_queue(self) -> None:
         """Trace how many wait, when that has changed."""
@@ -265,12 +338,18 @@ class StreamScheduler:
         lane.dispatch(now_s, len(self._queue))
 
     def _readable(self) -> list[Lane]:
-        """Choose the lanes whose ticks are read now: those that need not be waited for, or the longest under way."""
+        """Choose the lanes whose ticks are read now: those that are done, or the one that is expected to be next.
+
+        A read waits. Where anything else may happen meanwhile, none is waited for before it is nearly due.
+        """
         done = [lane for lane in self.lanes if lane.has_output()]
-        if done:
+        ticking = [lane for lane in self.lanes if lane.ticking]
+        if done or not ticking:
             return done
-        begun = {lane: lane.oldest_tick.begun_s for lane in self.lanes if lane.oldest_tick is not None}
-        return [min(begun, key=lambda lane: begun[lane])] if begun else []
+        first = min(ticking, key=lambda lane: lane.tick_due_s)
+        if self._must_watch and first.tick_due_s > self._clock() + TICK_POLL_S:
+            return []
+        return [first]
 
     def _collect(self, lane: Lane) -> None:
         """Read a lane's ticks, charge tenants for the tokens, and end the requests that are done."""
@@ -339,18 +418,25 @@ class StreamScheduler:
         del self._known[running.request_id]
         self._entries.pop(running.request_id, None)
         self._charge(running)
+        if state in (State.CANCELLED, State.REFUSED):
+            self._flowguard.withdraw(running.request_id)
         if error is not None:
+            self._flowguard.learn(running.request_id, RouteOutcome(answered=False), now_s)
             lane = running.lane if running.lane >= 0 else None
             track = Track.QUEUE if lane is None else Track.DECODE
             self._tracer.instant(lane, track, f"{state.value} {running.request_id}", now_s, error=error)
             self._hand_over(Finished(running.request_id, state, error=error))
             return
+        times, completion = running.metrics(now_s), running.completion()
+        outcome = _outcome(times, running.num_tokens)
+        self.lanes[running.lane].note_end(outcome.ttft_s, outcome.tpot_s, times.decode_s)
+        self._flowguard.learn(running.request_id, outcome, now_s)
         self._hand_over(
             Finished(
                 request_id=running.request_id,
                 state=state,
-                completion=running.completion(),
-                metrics=running.metrics(now_s),
+                completion=completion,
+                metrics=times,
                 prompt_logprobs=running.prompt_logprobs,
             )
         )
@@ -358,3 +444,15 @@ class StreamScheduler:
     def _hand_over(self, finished: Finished) -> None:
         self.ends[finished.state] = self.ends.get(finished.state, 0) + 1
         self._ended.append(finished)
+
+
+def _outcome(times: RequestMetrics, num_tokens: int) -> RouteOutcome:
+    """Say what became of a request that was answered."""
+    tpot_s = (times.finished_s - times.first_token_s) / (num_tokens - 1) if num_tokens > 1 else 0.0
+    return RouteOutcome(
+        answered=True,
+        ttft_s=times.first_token_s - times.arrival_s,
+        tpot_s=tpot_s,
+        latency_s=times.finished_s - times.arrival_s,
+        output_tokens=num_tokens,
+    )

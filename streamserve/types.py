@@ -452,25 +452,66 @@ class RequestOutput:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LanePace:
+    """How fast a stream pair has been of late. Exponential averages over its last ten or so events, 0 before the first.
+
+    Attributes:
+      prefill_s_per_token: seconds of the prefill mesh a prompt token, padding included.
+      transfer_s_per_byte: seconds of a hand-off a byte; 0 where nothing moves.
+      transfer_bytes_per_token: bytes that a hand-off moves for each prompt token, pages being whole.
+      tick_s: seconds of a tick.
+      tokens_per_tick: tokens that a row emits in a tick.
+      accepted_per_step: accepted draft tokens of a verification step, those that drafted nothing included.
+      drafted_per_step: drafted ones: the depth.
+      decode_s: seconds that a request holds a decode slot.
+      ttft_s: time to first token of the requests that were served here, seconds from arrival.
+      tpot_s: time per output token after the first, seconds.
+      idle_s: seconds since a tick was read here, which is the age of `tick_s` to `drafted_per_step`; never negative.
+    """
+
+    prefill_s_per_token: float = 0.0
+    transfer_s_per_byte: float = 0.0
+    transfer_bytes_per_token: float = 0.0
+    tick_s: float = 0.0
+    tokens_per_tick: float = 0.0
+    accepted_per_step: float = 0.0
+    drafted_per_step: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    idle_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LaneStats:
-    """A snapshot of one stream pair, taken when a request is routed.
+    """A snapshot of one stream pair, taken when a request is routed: counts are of this moment.
 
     Attributes:
       lane: index of the stream pair.
-      free_slots: decode slots that a new request could take.
+      is_up: it can work; false from a fault of its machine until that is over.
       num_slots: decode slots in all.
-      free_pages: pages of the decode mesh that nobody owns; the prefix cache of a colocated lane owns its own.
+      free_slots: of them, those that nobody holds.
+      num_pages: pages of the decode mesh that can be owned.
+      free_pages: of them, those that nobody owns; the prefix cache of a colocated lane owns its own.
+      waiting: requests whose prompt no prefill call has taken wholly.
+      in_transit: requests between admission and a decode slot, the waiting ones included.
       running: requests in decode slots.
-      in_transit: requests between admission and a decode slot.
-      queued_prefill_tokens: prompt tokens, in whole tiles, that no prefill call has taken yet.
-      accepted_per_step: mean accepted draft tokens a verification step over the last ticks; 0 without speculation.
+      queued_prefill_tokens: prompt tokens, in whole tiles, that no prefill call has taken or whose call has not ended.
+      transfer_backlog_bytes: bytes of the hand-offs under way.
+      local_tokens: longest prompt that it can compute where it decodes, though it has a prefill mesh; 0 for none.
+      pace: what it has measured of late.
     """
 
     lane: int
-    free_slots: int
+    is_up: bool = True
     num_slots: int
+    free_slots: int
+    num_pages: int
     free_pages: int
-    running: int
-    in_transit: int
-    queued_prefill_tokens: int
-    accepted_per_step: float
+    waiting: int = 0
+    in_transit: int = 0
+    running: int = 0
+    queued_prefill_tokens: int = 0
+    transfer_backlog_bytes: int = 0
+    local_tokens: int = 0
+    pace: LanePace = LanePace()

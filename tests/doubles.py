@@ -12,7 +12,7 @@ from pallas_kernels.attention import attention
 from streamserve import mesh
 from streamserve.bandits import Policy
 from streamserve.config import PipeServeConfig, SchedulerConfig, TopologyConfig
-from streamserve.flowguard import FlowGuard, round_robin
+from streamserve.flowguard import FlowGuard, routers
 from streamserve.kv import cache
 from streamserve.kv.pages import PREFIX_CACHE
 from streamserve.parts import VERIFIERS
@@ -194,7 +194,7 @@ def tiny_scheduler(
     **config,
 ) -> StreamScheduler:
     """Put a scheduler before lanes."""
-    flowguard = FlowGuard(round_robin, num_lanes=len(pairs), seed=0)
+    flowguard = FlowGuard(routers.round_robin, num_lanes=len(pairs), seed=0)
     settings = pairs[0].programs.config
 
     def start(request: Request, *, arrival_s: float) -> RunningRequest:

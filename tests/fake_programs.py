@@ -16,6 +16,7 @@ import numpy as np
 
 from streamserve import sampling
 from streamserve.config import PipeServeConfig, SchedulerConfig
+from streamserve.flowguard import FlowGuard, routers
 from streamserve.kv.pages import SCRATCH_PAGE
 from streamserve.pipeserve import StreamPair, lane_sizes
 from streamserve.scheduler import StreamScheduler
@@ -24,7 +25,6 @@ from streamserve.tokenizer import TextStream
 from streamserve.types import (
     EMPTY_TOKEN,
     FinishCode,
-    LaneStats,
     Pools,
     PrefillOutput,
     Prefix,
@@ -178,6 +178,7 @@ class FakePrograms:
         colocated: bool = False,
         polls: Callable[[str], float] = lambda what: 0,
         max_model_len: int = MAX_MODEL_LEN,
+        local_tokens: int = 0,
         **config: Any,
     ):
         """Build programs that need no compilation.
@@ -188,10 +189,13 @@ class FakePrograms:
           colocated: one mesh for both.
           polls: how often a "call", "transfer", "prefix", "rescue" or "tick" has to be asked before it is ready.
           max_model_len: most tokens of a request.
+          local_tokens: longest prompt that the decode mesh can compute.
           config: of PipeServe, where it differs from `FAKE_SIZES`.
         """
         self.config = PipeServeConfig(**(FAKE_SIZES | config))
-        self.sizes = lane_sizes(self.config, max_model_len=max_model_len, tiers=tiers or (depth,))
+        self.sizes = lane_sizes(
+            self.config, max_model_len=max_model_len, tiers=tiers or (depth,), local_tokens=local_tokens
+        )
         self.colocated = colocated
         self.recomputes_draft = self.config.draft_kv == "recompute" and not colocated
         self.vocab_size = VOCAB
@@ -201,7 +205,9 @@ class FakePrograms:
         self._depth, self._polls = self.sizes.tiers[-1], polls
         self._home = DECODE if colocated else PREFILL
         tiles, moves = self.sizes.tiles, self.sizes.moves
-        self.prefill = {size: self._sized_prefill(size) for size in tiles}
+        self.prefill = {size: self._sized_prefill(size, self._home, self.prefill_params) for size in tiles}
+        local = self.sizes.local_tiles
+        self.local_prefill = {size: self._sized_prefill(size, DECODE, self.decode_params) for size in local}
         self.draft_prefill = dict.fromkeys(tiles, self._draft_prefill) if self.recomputes_draft else {}
         self.take = {} if colocated else {size: self._sized_take(size, self._home) for size in moves}
         self.put = {} if colocated else {size: self._sized_put(size) for size in moves}
@@ -281,12 +287,12 @@ class FakePrograms:
 
     # --- programs of the prefill mesh
 
-    def _sized_prefill(self, size: int) -> Callable[..., tuple[Pools, PrefillOutput]]:
+    def _sized_prefill(self, size: int, place: str, params: Any) -> Callable[..., tuple[Pools, PrefillOutput]]:
         def prefill(target: Any, draft: Any, pools: Pools, placed: FakeArray) -> tuple[Pools, PrefillOutput]:
-            assert (target, draft) == self.prefill_params
-            batch, pools = placed.get(self._home), _donated(pools, self._home)
+            assert (target, draft) == params
+            batch, pools = placed.get(place), _donated(pools, place)
             assert batch.tokens.shape == (size, self.sizes.page_size)
-            for pool in jax.tree.leaves(pools):
+            for pool in [pools.target] if self.recomputes_draft else jax.tree.leaves(pools):
                 self._write_tiles(pool, batch)
             ends = batch.start + batch.tail + 1
             seen = [
@@ -296,10 +302,10 @@ class FakePrograms:
             ]
             hidden = [None if POISON in values else _digest(values) for values in seen]
             output = PrefillOutput(
-                tail_hidden=FakeArray(hidden, self._home, self._polls("call")),
-                prompt_logprobs=FakeArray(_logprobs(batch.next_tokens, self.config.max_logprobs), self._home),
+                tail_hidden=FakeArray(hidden, place, self._polls("call")),
+                prompt_logprobs=FakeArray(_logprobs(batch.next_tokens, self.config.max_logprobs), place),
             )
-            return _placed_pools(pools, self._home), output
+            return _placed_pools(pools, place), output
 
         return prefill
 
@@ -313,8 +319,16 @@ class FakePrograms:
     def first(self, params: Any, hidden: FakeArray, placed: FakeArray) -> FakeArray:
         """Sample the token after a computed prompt."""
         assert params == self.prefill_params[0]
-        tile, length, prev, history, seen, row = placed.get(self._home)
-        digest = hidden.get(self._home)[int(tile[0])]
+        return self._first(hidden, placed, self._home)
+
+    def local_first(self, params: Any, hidden: FakeArray, placed: FakeArray) -> FakeArray:
+        """Sample the token after a prompt that the decode mesh has computed."""
+        assert params == self.decode_params[0]
+        return self._first(hidden, placed, DECODE)
+
+    def _first(self, hidden: FakeArray, placed: FakeArray, place: str) -> FakeArray:
+        tile, length, prev, history, seen, row = placed.get(place)
+        digest = hidden.get(place)[int(tile[0])]
         token = 0 if digest is None else _predict(digest, _seed(row.key))
         tokens, history = np.array([token], np.int32), history.copy()
         history[0, length[0] : length[0] + 1] = token
@@ -332,7 +346,7 @@ class FakePrograms:
             output_counts=np.bincount(tokens, minlength=VOCAB)[None],
             row=row,
         )
-        return FakeArray(prefix, self._home, after=hidden)
+        return FakeArray(prefix, place, after=hidden)
 
     def _sized_take(self, size: int, place: str) -> Callable[[Pools, FakeArray], FakeArray]:
         def take(pools: Pools, page_n: FakeArray) -> FakeArray:
@@ -546,20 +560,6 @@ class FakeClock:
         self.now_s += seconds
 
 
-class TurnGuard:
-    """FlowGuard's round robin on the host."""
-
-    def __init__(self) -> None:
-        self._turn = 0
-
-    def route(self, lanes: Sequence[LaneStats], eligible: Sequence[bool]) -> int:
-        """Take the next lane that may take the request."""
-        order = [(self._turn + step) % len(lanes) for step in range(len(lanes))]
-        lane = next(lane for lane in order if eligible[lane])
-        self._turn = (lane + 1) % len(lanes)
-        return lane
-
-
 def fake_scheduler(
     pairs: Sequence[StreamPair], *, clock: FakeClock, flowguard: Any = None, specustreams: Any = None, **config: Any
 ) -> StreamScheduler:
@@ -571,7 +571,7 @@ def fake_scheduler(
 
     return StreamScheduler(
         pairs,
-        TurnGuard() if flowguard is None else flowguard,
+        FlowGuard(routers.round_robin, num_lanes=len(pairs), seed=0) if flowguard is None else flowguard,
         SchedulerConfig(**config),
         specustreams=[tiny_specustream(pair) for pair in pairs] if specustreams is None else specustreams,
         max_prefills=settings.max_prefills,

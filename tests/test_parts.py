@@ -43,7 +43,9 @@ class NamesTest(parameterized.TestCase):
             parts.check_names(_speculation(**fields))
 
     def test_an_unknown_router_and_process_are_refused(self):
-        with self.assertRaisesRegex(ValueError, "unknown routing.policy 'best'; known: round_robin"):
+        with self.assertRaisesRegex(
+            ValueError, "unknown routing.policy 'best'; known: flowguard, flowguard_paper, kv_cost"
+        ):
             parts.check_names(Config(routing=RoutingConfig(policy="best")))
         synthetic = {"method": "synthetic", "model": "bundled:draft", "acceptance": "often"}
         with self.assertRaisesRegex(ValueError, "iid"):

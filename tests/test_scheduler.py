@@ -4,7 +4,7 @@ import dataclasses
 
 from absl.testing import parameterized
 
-from streamserve.flowguard import FlowGuard, round_robin
+from streamserve.flowguard import FlowGuard, routers
 from streamserve.lifecycle import State
 from streamserve.scheduler import Refused
 from tests import doubles
@@ -92,7 +92,7 @@ class OrderTest(parameterized.TestCase):
 class LanesTest(parameterized.TestCase):
     def _bench(self, pairs):
         bench = Bench(pairs)
-        flowguard = FlowGuard(round_robin, num_lanes=len(pairs), seed=0)
+        flowguard = FlowGuard(routers.round_robin, num_lanes=len(pairs), seed=0)
         bench.scheduler = fake_scheduler(pairs, clock=bench.clock, flowguard=flowguard)
         return bench
 

@@ -35,10 +35,12 @@ ALLOWED = {
     "pair_protocol": ROOT_RECORDS,
     "audit": ROOT_RECORDS,
     "lane_log": {"trace"},
-    "lane": ROOT_RECORDS | {"sequence", "lifecycle", "trace", "lane_log", "pair_protocol", "specustream"},
+    "lane_meter": ROOT_RECORDS,
+    "lane": ROOT_RECORDS | {"sequence", "lifecycle", "trace", "lane_log", "lane_meter", "pair_protocol", "specustream"},
     "scheduler": ROOT_RECORDS
     | {"flowguard", "specustream", "sequence", "lane", "pair_protocol", "lifecycle", "trace", "waiting"},
-    "parts": ROOT_RECORDS | {"mesh", "bandits", "flowguard", "models", "pipeserve", "specustream", "tokenizer"},
+    "parts": ROOT_RECORDS
+    | {"mesh", "bandits", "flowguard", "models", "pair_protocol", "pipeserve", "specustream", "tokenizer"},
     "prompts": ROOT_RECORDS | {"scheduler", "tokenizer"},
 }
 EVERYTHING = {"llm", "__init__"}

@@ -23,15 +23,25 @@ class HostPolicy:
         self._policy, self._num_arms = policy, num_arms
         self._generator = np.random.default_rng(np.random.SeedSequence(seed))
         self._noise, self._used = np.zeros((0, num_arms, 2)), 0
-        self._state = policy.init()
+        self._state = self._proposed = policy.init()
 
-    def choose(self, context: Any) -> Any:
-        """Choose an arm; gives what the policy calls a decision."""
+    def propose(self, context: Any) -> Any:
+        """Choose an arm as if nothing had been chosen; `commit` makes it so. Gives what the policy calls a decision."""
         if self._used == len(self._noise):
             # The generator gives [0, 1); policies take logarithms.
             self._noise, self._used = 1.0 - self._generator.random((_BLOCK, self._num_arms, 2)), 0
-        decision, self._state = self._policy.choose(self._state, context, self._noise[self._used])
+        decision, self._proposed = self._policy.choose(self._state, context, self._noise[self._used])
+        return decision
+
+    def commit(self) -> None:
+        """Let the latest proposal stand."""
+        self._state = self._proposed
         self._used += 1
+
+    def choose(self, context: Any) -> Any:
+        """Choose an arm; gives what the policy calls a decision."""
+        decision = self.propose(context)
+        self.commit()
         return decision
 
     def update(self, context: Any, decision: Any, feedback: Any) -> None:

@@ -77,6 +77,10 @@ class PrefixTree:
         self.hit_tokens += self._page_size * len(pages)
         return pages
 
+    def count(self, tokens: Sequence[int]) -> int:
+        """Count the pages that `match` would give; nothing is shared, touched or counted."""
+        return len(self._walk(tokens, (len(tokens) - 1) // self._page_size))
+
     def insert(self, tokens: Sequence[int], pages: Sequence[int], owner: Owner) -> tuple[int, ...]:
         """Publish the full pages of a prompt; the pages that become the prefix cache's are shared with `owner`.
 

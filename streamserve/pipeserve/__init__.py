@@ -1,5 +1,6 @@
 """PipeServe: disaggregated prefill and decode over stream pairs."""
 
+from streamserve.pipeserve.handicap import Handicap, HandicappedPair
 from streamserve.pipeserve.measure import context_lengths, measure_costs
 from streamserve.pipeserve.pair import StreamPair
 from streamserve.pipeserve.programs import CompilationCounter, CompilationError, PairModels, Programs
@@ -9,6 +10,8 @@ from streamserve.pipeserve.warmup import persistent_cache, warm_up
 __all__ = [
     "CompilationCounter",
     "CompilationError",
+    "Handicap",
+    "HandicappedPair",
     "LaneSizes",
     "PairModels",
     "Programs",

@@ -78,12 +78,23 @@ class StreamPair:
                 reuse_prefixes=reuse,
             )
         self._prefiller = Prefiller(programs, self.prefill_store)
+        self._local = Prefiller(programs, self.decode_store, local=True)
         self._decoder = Decoder(programs, self.decode_store)
 
     @property
     def colocated(self) -> bool:
         """Whether prefill and decode share one mesh, and so one pool of pages."""
         return self.programs.colocated
+
+    @property
+    def is_up(self) -> bool:
+        """Whether its machine works: this one knows of no other state."""
+        return True
+
+    @property
+    def local_tokens(self) -> int:
+        """Longest prompt that the decode mesh can compute, too; 0 for none."""
+        return self.sizes.local_tokens
 
     @property
     def num_slots(self) -> int:
@@ -116,6 +127,10 @@ class StreamPair:
 
     # --- prefill
 
+    def cached_tokens(self, tokens: tuple[int, ...]) -> int:
+        """Count the tokens of a prompt that the prefix cache holds now."""
+        return self.prefill_store.cached_tokens(tokens)
+
     def begin(self, job: Job) -> PrefillTask | Deferred:
         """Reserve the pages of a prompt on the prefill mesh; `prefill` then works on it.
 
@@ -124,9 +139,23 @@ class StreamPair:
         """
         return self._prefiller.begin(job, ahead=self._ahead(job) if self.colocated else 0)
 
+    def begin_locally(self, job: Job) -> PrefillTask | Deferred:
+        """Reserve pages for a prompt on the decode mesh, which then computes it, too; `prefill_locally` works on it.
+
+        Raises:
+          ValueError: it can never be served here, or is longer than what the decode mesh computes.
+        """
+        if len(job.tokens) > self.local_tokens:
+            raise ValueError(f"{len(job.tokens)} tokens are more than {self.local_tokens=} of the decode mesh")
+        return self._local.begin(job, ahead=self._ahead(job))
+
     def prefill(self) -> PrefillCall | None:
         """Dispatch one prefill call over prompts that have begun, if any has tiles left."""
         return self._prefiller.dispatch()
+
+    def prefill_locally(self) -> PrefillCall | None:
+        """Dispatch one prefill call on the decode mesh, if prompts have begun there."""
+        return self._local.dispatch()
 
     def is_prompt_computed(self, item: InTransit) -> bool:
         """Whether what a hand-off waits for first, the last prefill call of its prompt, is done."""
@@ -137,8 +166,8 @@ class StreamPair:
         return self.programs.is_ready(call.tail_hidden)
 
     def drop(self, task: PrefillTask) -> None:
-        """Forget a prompt that has begun, and free its pages on the prefill mesh."""
-        self._prefiller.drop(task)
+        """Forget a prompt that has begun, and free its pages."""
+        self._prefiller_of(task).drop(task)
 
     # --- hand-off
 
@@ -150,16 +179,17 @@ class StreamPair:
         Raises:
           HandOffError: a program failed; the prompt is to be dropped.
         """
-        if self.colocated:
+        if self.colocated or task.local:
             holding: Holding | Deferred = task.holding
         else:
             holding = self._reserve(task.job)
         if isinstance(holding, Deferred):
             return holding
         # On one mesh the draft reads its latest two tokens anew, and so writes to the last page of the prompt.
-        self.prefill_store.publish(task.holding, task.tokens[:-1] if self.colocated else task.tokens)
+        store = self.decode_store if task.local else self.prefill_store
+        store.publish(task.holding, task.tokens[:-1] if self.colocated else task.tokens)
         if task.holding.owner.stage is Stage.PREFILL:
-            self.prefill_store.hand_on(task.holding, Owner(Stage.TRANSFER, task.request_id))
+            store.hand_on(task.holding, Owner(Stage.TRANSFER, task.request_id))
         try:
             return self._send(task, holding)
         except RuntimeError as error:
@@ -220,7 +250,7 @@ class StreamPair:
     def read_prompt_logprobs(self, item: InTransit) -> TokenLogprobs:
         """Copy a prompt's log-probabilities to the host; only for requests that asked for them."""
         assert item.task is not None, "a request that was rescued has its log-probabilities already"
-        return self._prefiller.read_prompt_logprobs(item.task)
+        return self._prefiller_of(item.task).read_prompt_logprobs(item.task)
 
     # --- decode
 
@@ -274,6 +304,10 @@ class StreamPair:
         groups = tuple(group._replace(pages=self.programs.to_host(group.pages)) for group in kept.groups)
         return kept._replace(groups=groups, at_home=True)
 
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache; nothing may be under way."""
+        self.prefill_store.tree.clear()
+
     # --- faults
 
     def forget(self, job: Job) -> None:
@@ -290,8 +324,11 @@ class StreamPair:
         self.decode_store.reset()
         if not self.programs.colocated:
             self.prefill_store.reset()
-        self._prefiller.tasks = []
+        self._prefiller.tasks, self._local.tasks = [], []
         self._decoder.reset()
+
+    def _prefiller_of(self, task: PrefillTask) -> Prefiller:
+        return self._local if task.local else self._prefiller
 
     def _ahead(self, job: Job) -> int:
         """Tokens beyond its own that a request has pages for when it comes into a slot.
@@ -312,9 +349,9 @@ class StreamPair:
         if task.job.output:  # where it goes on is known here, and nothing is to be sampled
             prefix, moved_bytes = self._prefiller.resumed(task), 0
         else:
-            prefix, moved_bytes = self.programs.transfer(self._prefiller.first(task))
+            prefix, moved_bytes = self.programs.transfer(self._prefiller_of(task).first(task))
         groups = []
-        for group in () if self.colocated else self._take(task.holding):
+        for group in () if holding is task.holding else self._take(task.holding):
             pages, page_bytes = self.programs.transfer(group.pages)
             groups.append(group._replace(pages=pages))
             moved_bytes += page_bytes

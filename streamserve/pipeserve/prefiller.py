@@ -21,10 +21,11 @@ from streamserve.types import Deferred, Job, PrefillBatch, Prefix, RowParams, To
 
 
 class PrefillTask:
-    """A prompt on a prefill mesh, from the reservation of its pages until they have left."""
+    """A prompt on the mesh that computes it, from the reservation of its pages until they have left."""
 
-    def __init__(self, job: Job, row: RowParams, holding: Holding, page_size: int):
+    def __init__(self, job: Job, row: RowParams, holding: Holding, page_size: int, *, local: bool):
         self.job, self.row, self.holding = job, row, holding
+        self.local = local  # it is computed where it is decoded
         self.tokens = job.tokens
         self.cached_tokens = len(holding.shared) * page_size
         self.next_tile = len(holding.shared)
@@ -61,14 +62,26 @@ class PrefillCall(NamedTuple):
 
     parts: tuple[tuple[PrefillTask, int], ...]  # tasks and the number of tiles of each in this call
     done: tuple[PrefillTask, ...]  # tasks whose last tile is in it
-    tail_hidden: Any  # on the prefill mesh; ready when the call is
+    tail_hidden: Any  # on the mesh that computes; ready when the call is
+    local: bool  # that is the decode mesh, though there is a prefill mesh
 
 
 class Prefiller:
-    """Prompts on one prefill mesh."""
+    """Prompts on one mesh that computes them."""
 
-    def __init__(self, programs: Programs, store: PageStore):
-        self._programs, self._store, self._sizes = programs, store, programs.sizes
+    def __init__(self, programs: Programs, store: PageStore, *, local: bool = False):
+        """Begin without prompts.
+
+        Args:
+          programs: of the pair.
+          store: pages of the mesh.
+          local: the mesh is the one that decodes, though there is a prefill mesh.
+        """
+        self._programs, self._store, self._sizes, self._local = programs, store, programs.sizes, local
+        self._tiles = self._sizes.local_tiles if local else self._sizes.tiles
+        self._calls = programs.local_prefill if local else programs.prefill
+        self._params = programs.decode_params if local else programs.prefill_params
+        self._place = programs.to_decode if local else programs.to_prefill
         self.tasks: list[PrefillTask] = []  # with tiles that no call has taken, the oldest first
 
     def begin(self, job: Job, *, ahead: int) -> PrefillTask | Deferred:
@@ -88,7 +101,7 @@ class Prefiller:
         holding = self._store.begin(job.tokens, owner, ahead=ahead, reuse=reuse)
         if isinstance(holding, Deferred):
             return holding
-        task = PrefillTask(job, row, holding, sizes.page_size)
+        task = PrefillTask(job, row, holding, sizes.page_size, local=self._local)
         self.tasks.append(task)
         return task
 
@@ -107,12 +120,11 @@ class Prefiller:
         picked = self._pick()
         if not picked:
             return None
-        size = next(size for size in self._sizes.tiles if size >= len(picked))
+        size = next(size for size in self._tiles if size >= len(picked))
         batch = self._batch(picked, size)
-        params, programs = self._programs.prefill_params, self._programs
         try:
-            placed = programs.to_prefill(batch)
-            self._store.pools, output = programs.prefill[size](*params, self._store.pools, placed)
+            placed = self._place(batch)
+            self._store.pools, output = self._calls[size](*self._params, self._store.pools, placed)
         except RuntimeError as error:
             raise PrefillError(str(error), tuple(dict.fromkeys(task.request_id for task, _ in picked))) from error
         counts: dict[PrefillTask, int] = {}
@@ -124,17 +136,18 @@ class Prefiller:
                 task.scored.append((output.prompt_logprobs, place))
         done = tuple(task for task in counts if task.tail is not None)
         self.tasks = [task for task in self.tasks if task.tail is None]
-        return PrefillCall(tuple(counts.items()), done, output.tail_hidden)
+        return PrefillCall(tuple(counts.items()), done, output.tail_hidden, self._local)
 
     def first(self, task: PrefillTask) -> Packed:
-        """Sample the token after a computed prompt, on the prefill mesh."""
+        """Sample the token after a computed prompt, on the mesh that computed it."""
         assert task.tail is not None, f"{task.request_id} has tiles left"
         hidden, place = task.tail
         programs = self._programs
         length, prev_token = _int32(1, fill=len(task.tokens)), _int32(1, fill=task.tokens[-1])
         history, seen = _history(task.tokens, programs.history_tokens), _seen(task.tokens, programs.vocab_size)
         inputs = (_int32(1, fill=place), length, prev_token, history, seen, task.row)
-        return programs.first(programs.prefill_params[0], hidden, programs.to_prefill(programs.pack(inputs)))
+        first = programs.local_first if self._local else programs.first
+        return first(self._params[0], hidden, self._place(programs.pack(inputs)))
 
     def resumed(self, task: PrefillTask) -> Packed:
         """Describe where a preempted request goes on, on the decode mesh. Its prompt has been computed again."""
@@ -151,7 +164,7 @@ class Prefiller:
         """Choose the tiles of the next call; those of a task in their order."""
         if not self.tasks:
             return []
-        room = self._sizes.tiles[-1]
+        room = self._tiles[-1]
         urgency = lambda task: task.job.request.priority  # noqa: E731
         by_need = sorted(self.tasks, key=lambda task: (urgency(task), task.num_waiting))  # stable: the older first
         oldest = min(self.tasks, key=urgency)  # the first among equals

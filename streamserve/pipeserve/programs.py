@@ -82,6 +82,8 @@ class Programs:
 
     Attributes:
       prefill: by tiles: `(target_params, draft_params, pools, batch) -> (pools, PrefillOutput)`.
+      local_prefill, local_first: as `prefill` and `first`, on the decode mesh of a disaggregated pair; empty unless
+        prompts may be computed there.
       draft_prefill: by tiles, on the decode mesh: `(draft_params, pools, batch) -> pools`; empty unless the draft's
         pages are computed there anew.
       first: `(target_params, tail_hidden, packed inputs) -> packed Prefix`; the inputs are `(tile, length, prev_token,
@@ -112,6 +114,7 @@ class Programs:
         self.colocated = meshes.colocated
         self.recomputes_draft = config.draft_kv == "recompute" and not self.colocated and bool(max(sizes.tiers))
         self.prefill: dict[int, Callable[..., tuple[Pools, PrefillOutput]]] = {}
+        self.local_prefill: dict[int, Callable[..., tuple[Pools, PrefillOutput]]] = {}
         self.draft_prefill: dict[int, Callable[..., Pools]] = {}
         self.take: dict[int, Callable[..., Any]] = {}
         self.put: dict[int, Callable[..., Pools]] = {}
@@ -238,12 +241,17 @@ class Programs:
                 job = functools.partial(self._compile_step, batch, tier, pools, state)
                 jobs.append((f"decode of {batch} slots at depth {tier}", job))
         for tiles in reversed(sizes.tiles):
-            job = functools.partial(self._compile_prefill, tiles, home_pools)
+            job = functools.partial(self._compile_prefill, tiles, home_pools, self.prefill, local=False)
             jobs.append((f"prefill of {tiles * sizes.page_size} tokens", job))
             if self.recomputes_draft:
                 job = functools.partial(self._compile_draft_prefill, tiles, pools)
                 jobs.append((f"prefill of {tiles * sizes.page_size} tokens by the draft", job))
         jobs.append(("first token", self._compile_first))
+        for tiles in sizes.local_tiles:
+            job = functools.partial(self._compile_prefill, tiles, pools, self.local_prefill, local=True)
+            jobs.append((f"prefill of {tiles * sizes.page_size} tokens on the decode mesh", job))
+        if sizes.local_tiles:
+            jobs.append(("first token on the decode mesh", functools.partial(self._compile_first, local=True)))
         if not self.colocated:
             for count in sizes.moves:
                 jobs.append(
@@ -282,14 +290,15 @@ class Programs:
         jitted = jax.jit(tick, donate_argnums=(2, 3), out_shardings=where)
         self.step[batch, tier] = jitted.lower(*models.decode_params, pools, state, table, plan).compile()
 
-    def _compile_prefill(self, tiles: int, pools: Any) -> None:
-        models, mesh = self._models, self._meshes.prefill
+    def _compile_prefill(self, tiles: int, pools: Any, into: dict[int, Any], *, local: bool) -> None:
+        models, mesh = self._models, self._meshes.decode if local else self._meshes.prefill
+        params = models.decode_params if local else models.prefill_params
         drafter = None if self.recomputes_draft else models.drafter
         largest = self.sizes.tiles[-1]
         prefill = make_prefill(models.target, drafter, largest=largest, max_logprobs=self.config.max_logprobs)
         jitted = jax.jit(prefill, donate_argnums=2, out_shardings=(shardings(pools, mesh), replicated(mesh)))
         batch = on_mesh(self._batch_shape(tiles), mesh)
-        self.prefill[tiles] = jitted.lower(*models.prefill_params, pools, batch).compile()
+        into[tiles] = jitted.lower(*params, pools, batch).compile()
 
     def _compile_draft_prefill(self, tiles: int, pools: Any) -> None:
         mesh, prefill = self._meshes.decode, make_draft_prefill(self._models.drafter)
@@ -297,8 +306,9 @@ class Programs:
         batch = on_mesh(self._batch_shape(tiles), mesh)
         self.draft_prefill[tiles] = jitted.lower(self._models.decode_params[1], pools, batch).compile()
 
-    def _compile_first(self) -> None:
-        mesh = self._meshes.prefill
+    def _compile_first(self, *, local: bool = False) -> None:
+        mesh = self._meshes.decode if local else self._meshes.prefill
+        params = self._models.decode_params if local else self._models.prefill_params
         hidden, inputs = self._first_inputs()
         sample = self._first_fn()
 
@@ -307,7 +317,11 @@ class Programs:
 
         arguments = on_mesh((hidden, jax.eval_shape(pack, inputs)), mesh)
         jitted = jax.jit(first, out_shardings=replicated(mesh))
-        self.first = jitted.lower(self._models.prefill_params[0], *arguments).compile()
+        compiled = jitted.lower(params[0], *arguments).compile()
+        if local:
+            self.local_first = compiled
+        else:
+            self.first = compiled
 
     def _compile_move(self, count: int, home_pools: Any, pools: Any) -> None:
         """Compile both ends of a hand-off."""

@@ -17,6 +17,7 @@ class LaneSizes:
       tiers: draft depths.
       rounds: R, draft-verify rounds a tick.
       tiles: tiles of a prefill call, ascending.
+      local_tiles: tiles of a prefill call on the decode mesh of a disaggregated pair, ascending; () for no such calls.
       moves: pages that one hand-off program carries, ascending from 1.
       prefill_pages: pages of the prefill mesh's pools, the scratch page included.
       decode_pages: the same of the decode mesh's. A colocated lane has one pool, of both numbers together.
@@ -32,6 +33,12 @@ class LaneSizes:
     moves: tuple[int, ...]
     prefill_pages: int
     decode_pages: int
+    local_tiles: tuple[int, ...] = ()
+
+    @property
+    def local_tokens(self) -> int:
+        """Longest prompt that can be computed on the decode mesh of a disaggregated pair."""
+        return self.local_tiles[-1] * self.page_size if self.local_tiles else 0
 
     def pages(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
@@ -47,13 +54,16 @@ class LaneSizes:
         return groups
 
 
-def lane_sizes(config: PipeServeConfig, *, max_model_len: int, tiers: tuple[int, ...]) -> LaneSizes:
+def lane_sizes(
+    config: PipeServeConfig, *, max_model_len: int, tiers: tuple[int, ...], local_tokens: int = 0
+) -> LaneSizes:
     """Derive a lane's shapes.
 
     Args:
       config: sizes that the user declares.
       max_model_len: most tokens of prompt and output together.
       tiers: draft depths.
+      local_tokens: longest prompt that may be computed on the decode mesh of a disaggregated pair; 0 for none.
 
     Raises:
       ValueError: a pool cannot hold one request of full length.
@@ -85,4 +95,10 @@ def lane_sizes(config: PipeServeConfig, *, max_model_len: int, tiers: tuple[int,
         moves=tuple(sorted({1, *(size for size in config.transfer_buckets if size <= columns)})),
         prefill_pages=1 + pools["prefill_pool_tokens"],
         decode_pages=1 + pools["decode_pool_tokens"],
+        local_tiles=_local_tiles(tiles, min(-(-min(local_tokens, longest) // page_size), tiles[-1])),
     )
+
+
+def _local_tiles(tiles: list[int], wanted: int) -> tuple[int, ...]:
+    """Choose the calls that a prompt of `wanted` tiles may need: those below, and one that holds it."""
+    return tuple(sorted({*(size for size in tiles if size < wanted), *((wanted,) if wanted else ())}))

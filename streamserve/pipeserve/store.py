@@ -90,6 +90,10 @@ class PageStore:
             self.hit_tokens += len(shared) * self._page_size
         return holding
 
+    def cached_tokens(self, tokens: Sequence[int]) -> int:
+        """Count the tokens of a prompt that `begin` would find in the prefix cache, without using it."""
+        return self.tree.count(tokens) * self._page_size if self._reuse else 0
+
     def extend(self, holding: Holding, num_pages: int) -> Deferred | None:
         """Let a holding grow to `num_pages`, at the cost of cached prefixes if need be; all of it or nothing."""
         missing = num_pages - len(holding.pages)

@@ -8,12 +8,11 @@ known; decisions without one, whose tick was lost, come last.
 import collections
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from streamserve.bandits import HostPolicy, Policy
+from streamserve.bandits import Decided, HostPolicy, Policy
+from streamserve.bandits import replay as replay_decisions
 from streamserve.specustream.depth import DepthContext, Plan, StepStats
 from streamserve.specustream.logged import Logged, Outcome, decode, decode_header, encode, encode_header
 
@@ -161,32 +160,20 @@ def replay(policy: Policy, logged: Iterable[Logged], *, num_arms: int, seed: int
         lanes[one.lane].append(one)
     mismatches = []
     for lane, decisions in lanes.items():
-        mismatches += _replay_lane(HostPolicy(policy, num_arms=num_arms, seed=seed + lane), decisions)
+        for step, one in enumerate(decisions):
+            if one.step != step:
+                raise ValueError(f"lane {lane} step {one.step}: step {step} should come here")
+        try:
+            found = replay_decisions(
+                HostPolicy(policy, num_arms=num_arms, seed=seed + lane), [_decided(one) for one in decisions]
+            )
+        except ValueError as error:
+            raise ValueError(f"lane {lane} {error}") from error
+        mismatches += [Mismatch(lane, *difference) for difference in found]
     return mismatches
 
 
-def _replay_lane(host: HostPolicy, decisions: Sequence[Logged]) -> list[Mismatch]:
-    """Replay one lane's decisions, given by step."""
-    told = sorted((one.outcome.order, one.step) for one in decisions if one.outcome is not None)
-    num_told, mismatches = 0, []
-    for step, one in enumerate(decisions):
-        where = f"lane {one.lane} step {one.step}"
-        if one.step != step:
-            raise ValueError(f"{where}: step {step} should come here")
-        if not num_told <= one.feedbacks <= len(told):
-            raise ValueError(f"{where}: {one.feedbacks} feedbacks, after {num_told} and of {len(told)} in all")
-        for index in range(num_told, one.feedbacks):
-            order, of_step = told[index]
-            if order != index or of_step >= step:
-                raise ValueError(f"{where}: feedback {index} is missing, or comes before its decision")
-            past = decisions[of_step]
-            assert past.outcome is not None
-            host.update(past.context, past.plan, past.outcome.stats)
-        num_told = one.feedbacks
-        again = host.choose(one.context)
-        mismatches += [
-            Mismatch(one.lane, step, field, was, now)
-            for field, was, now in zip(Plan._fields, one.plan, again, strict=True)
-            if not np.array_equal(was, now)
-        ]
-    return mismatches
+def _decided(one: Logged) -> Decided:
+    if one.outcome is None:
+        return Decided(one.context, one.plan, one.feedbacks)
+    return Decided(one.context, one.plan, one.feedbacks, one.outcome.stats, one.outcome.order)
