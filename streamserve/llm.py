@@ -28,7 +28,7 @@ from streamserve.sequence import RunningRequest
 from streamserve.specustream import DecisionLog, SpecuStream
 from streamserve.tokenizer import TextStream, load_eos_ids, load_tokenizer
 from streamserve.trace import NullTracer, TraceWriter
-from streamserve.types import Prompt, Request, RequestOutput
+from streamserve.types import LaneStats, Prompt, Request, RequestOutput
 
 
 class LLM:
@@ -406,6 +406,10 @@ class LLM:
         """What plans the ticks of each stream pair, for measurements."""
         return tuple(self._specustreams)
 
+    def lane_stats(self) -> tuple[LaneStats, ...]:
+        """Snapshots of the stream pairs as they are now, for whoever watches."""
+        return self._scheduler.lane_stats()
+
     def stats(self) -> EngineStats:
         """Counters since the engine was built."""
         counters, ends = self._scheduler.counters(), self._scheduler.ends
@@ -419,6 +423,7 @@ class LLM:
             kv_transfers=counters.kv_transfers,
             kv_transfer_pages=counters.kv_transfer_pages,
             kv_transfer_bytes=counters.kv_transfer_bytes,
+            local_prefills=counters.local_prefills,
             preemptions=counters.preemptions,
             refused=ends.get(State.REFUSED, 0),
             cancelled=ends.get(State.CANCELLED, 0),

@@ -9,6 +9,10 @@ the bonus token; the acceptance rate is in percent, rates by position are fracti
 latencies (ITL) are gaps between the moments at which the host received tokens: speculation gives several at once, so
 ITL is not TPOT; all gaps count alike. Queue, prefill, transfer and decode are the stages of `RequestMetrics`, which
 add up to the end-to-end latency (E2EL). With `n` > 1 each completion counts by itself in latencies, stages and sums.
+
+Goodput is good requests a second of wall time, where a request is good if it was answered and every completion of it
+is within all limits of `ServiceLevels`; TPOT of one token counts as 0, as in vLLM. SLO attainment is good requests over
+all that were sent: those that were refused or failed miss every limit.
 """
 
 import array
@@ -22,6 +26,61 @@ from streamserve.types import RequestMetrics, RequestOutput
 
 LISTED_ITLS = 1000  # completions whose gaps go into the summary; 200 gaps each are 4 MB of JSON
 STAGES = ("queue", "prefill", "page_wait", "transfer", "decode")  # of a request, one after the other
+PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceLevels:
+    """What every request is to be answered within: the service-level objective (SLO). None sets no limit.
+
+    Attributes:
+      ttft_s: time to first token, seconds from arrival.
+      tpot_s: time per output token after the first, seconds.
+      e2el_s: end to end, seconds from arrival to the last token.
+    """
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2el_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the limits.
+
+        Raises:
+          ValueError: there is none, or one is not positive.
+        """
+        if not self.limits_s:
+            raise ValueError("service levels need at least one limit")
+        for name, limit_s in self.limits_s.items():
+            if not limit_s > 0:
+                raise ValueError(f"the limit of {name} must be positive, got {limit_s} s")
+
+    @property
+    def limits_s(self) -> dict[str, float]:
+        """The limits that are set, by the names "ttft", "tpot" and "e2el"."""
+        limits_s = {"ttft": self.ttft_s, "tpot": self.tpot_s, "e2el": self.e2el_s}
+        return {name: limit_s for name, limit_s in limits_s.items() if limit_s is not None}
+
+    def met(self, output: RequestOutput) -> dict[str, bool]:
+        """Tell for each limit whether all completions of a request are within it; no is the answer if it has none."""
+        return {
+            name: output.error is None
+            and all(
+                _latencies_s(times, len(completion.token_ids))[name] <= limit_s
+                for completion, times in zip(output.outputs, output.metrics, strict=True)
+            )
+            for name, limit_s in self.limits_s.items()
+        }
+
+
+def _latencies_s(times: RequestMetrics, num_tokens: int) -> dict[str, float]:
+    """Give the latencies of one completion; its time per output token is 0 where it has one."""
+    gaps = num_tokens - 1
+    return {
+        "ttft": times.first_token_s - times.arrival_s,
+        "tpot": (times.finished_s - times.first_token_s) / gaps if gaps > 0 else 0.0,
+        "e2el": times.finished_s - times.arrival_s,
+    }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +93,7 @@ class EngineStats:
       kv_transfers: hand-offs from a prefill to a decode mesh.
       kv_transfer_pages: pages of the target's cache that they carried, those of requests that never ended included.
       kv_transfer_bytes: bytes that they carried.
+      local_prefills: prompts that were computed where they were decoded, though there is a prefill mesh.
       preemptions: how often a request lost its decode slot to another.
       prefix_queried_tokens: prompt tokens that were looked up in the prefix cache; 0 where there is none.
       prefix_hit_tokens: those of them that it had.
@@ -51,6 +111,7 @@ class EngineStats:
     kv_transfers: int = 0
     kv_transfer_pages: int = 0
     kv_transfer_bytes: int = 0
+    local_prefills: int = 0
     preemptions: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -66,7 +127,16 @@ class EngineStats:
 class Tally:
     """Numbers of finished requests, added one by one: a few a request, and 8 bytes for each gap between its tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, levels: ServiceLevels | None = None):
+        """Start at zero.
+
+        Args:
+          levels: what requests are judged by; None judges nothing.
+        """
+        self.levels = levels
+        self.good = 0  # requests within all limits
+        self.met: dict[str, int] = {} if levels is None else dict.fromkeys(levels.limits_s, 0)  # requests, by limit
+        self.sent = 0  # requests, answered or not
         self.failed = 0
         self.output_tokens = 0  # generated so far
         self.input_lens: list[int] = []  # a request
@@ -93,6 +163,7 @@ class Tally:
 
     def add(self, output: RequestOutput) -> None:
         """Take in one request."""
+        self._judge(output)
         if output.error is not None:
             self.failed += 1
             return
@@ -101,16 +172,25 @@ class Tally:
         self.output_lens.append(num_output)
         self.output_tokens += num_output
         for completion, times in zip(output.outputs, output.metrics, strict=True):
-            latency_s, num_tokens = times.finished_s - times.arrival_s, len(completion.token_ids)
-            self.ttfts_s.append(times.first_token_s - times.arrival_s)
-            self.latencies_s.append(latency_s)
+            num_tokens = len(completion.token_ids)
+            latencies_s = _latencies_s(times, num_tokens)
+            self.ttfts_s.append(latencies_s["ttft"])
+            self.latencies_s.append(latencies_s["e2el"])
             if num_tokens > 1:
-                self.tpots_s.append((times.finished_s - times.first_token_s) / (num_tokens - 1))
-            if latency_s > 0:
-                self.paper_rates.append((len(output.prompt_token_ids) + num_tokens) / latency_s)
+                self.tpots_s.append(latencies_s["tpot"])
+            if latencies_s["e2el"] > 0:
+                self.paper_rates.append((len(output.prompt_token_ids) + num_tokens) / latencies_s["e2el"])
             self.prompt_tokens += len(output.prompt_token_ids)
             self._add_stages(times)
             self._add_steps(times)
+
+    def _judge(self, output: RequestOutput) -> None:
+        self.sent += 1
+        if self.levels is not None:
+            met = self.levels.met(output)
+            self.good += all(met.values())
+            for name, within in met.items():
+                self.met[name] += within
 
     def _add_stages(self, times: RequestMetrics) -> None:
         stages_s = (times.queue_s, times.prefill_s, times.page_wait_s, times.transfer_s, times.decode_s)
@@ -134,7 +214,7 @@ class Tally:
                 self.accepted_per_position[position] += 1
 
     def add_failure(self) -> None:
-        """Take in one input line that never became a request."""
+        """Take in one input line that never became a request, so was not sent."""
         self.failed += 1
 
 
@@ -152,6 +232,8 @@ def summarise(outputs: Tally | Iterable[RequestOutput], duration_s: float, stats
         answered, bad input lines included;
       - `cached_tokens`, `num_preemptions` and `kv_transfer_s`: sums over completions;
       - `prefix_cache_hit_rate`: cached prompt tokens / prompt tokens, a fraction, over completions;
+      - where the tally judges: `request_goodput`, `slo_attainment`, and for each limit NAME `slo_NAME_ms` and
+        `slo_attainment_NAME`; attainments are fractions of the requests sent;
       - `paper_3_6_tokens_per_s`: the mean over completions of (input + output tokens) / latency, which is what section
         3.6 of the StreamServe paper calls throughput. It is not the fleet's output tokens a second.
       `itls` holds the gaps of the first `LISTED_ITLS` completions only, a list each, in the order of `ttfts`.
@@ -174,6 +256,7 @@ def summarise(outputs: Tally | Iterable[RequestOutput], duration_s: float, stats
         results |= _distribution_ms(name, values)
     if tally.paper_rates:
         results["paper_3_6_tokens_per_s"] = float(np.mean(tally.paper_rates))
+    results |= _goodput(tally, duration_s)
     results |= _speculation(tally)
     results |= _sums(tally, stats)
     results |= {
@@ -203,9 +286,20 @@ def _distribution_ms(name: str, values_s: Sequence[float]) -> dict[str, float]:
         f"mean_{name}_ms": float(np.mean(values_ms)),
         f"median_{name}_ms": float(np.median(values_ms)),
         f"std_{name}_ms": float(np.std(values_ms)),
-        f"p90_{name}_ms": float(np.percentile(values_ms, 90)),
-        f"p99_{name}_ms": float(np.percentile(values_ms, 99)),
+        **{f"p{rank}_{name}_ms": float(np.percentile(values_ms, rank)) for rank in PERCENTILES},
     }
+
+
+def _goodput(tally: Tally, duration_s: float) -> dict[str, float]:
+    """Judge a run by its service levels; nothing where there are none, or nothing was sent."""
+    if tally.levels is None or not tally.sent:
+        return {}
+    results = {"request_goodput": tally.good / duration_s} if duration_s > 0 else {}
+    results["slo_attainment"] = tally.good / tally.sent
+    for name, limit_s in tally.levels.limits_s.items():
+        results[f"slo_{name}_ms"] = 1000 * limit_s
+        results[f"slo_attainment_{name}"] = tally.met[name] / tally.sent
+    return results
 
 
 def _sums(tally: Tally, stats: EngineStats) -> dict[str, Any]:

@@ -31,11 +31,11 @@ from streamserve.pair_protocol import Pair
 from streamserve.sequence import RunningRequest
 from streamserve.specustream import SpecuStream
 from streamserve.trace import NullTracer, Tracer, Track
-from streamserve.types import CompletionOutput, Deferred, Logprob, Request, RequestMetrics
+from streamserve.types import CompletionOutput, Deferred, LaneStats, Logprob, Request, RequestMetrics
 from streamserve.waiting import Entry, WaitingQueue
 
 POLL_S = 0.0003  # pause of the loop while nothing decodes and nothing has changed
-TICK_POLL_S = 0.001  # the same while ticks run: a pass costs a tenth of that, and an arrival waits no longer
+TICK_POLL_S = 0.001  # the same while ticks run and none is nearly due: a pass costs a tenth of that
 
 
 class Refused(NamedTuple):
@@ -253,8 +253,13 @@ class StreamScheduler:
                 self._guarded(lane, self._collect)
             ended, self._ended = self._ended, []
             if not ended and not readable:
-                self._sleep(TICK_POLL_S if any(lane.ticking for lane in self.lanes) else POLL_S)
+                self._sleep(self._pause_s())
         return ended
+
+    def lane_stats(self) -> tuple[LaneStats, ...]:
+        """Take a snapshot of each lane."""
+        now_s = self._clock()
+        return tuple(lane.stats(now_s) for lane in self.lanes)
 
     def counters(self) -> LaneCounters:
         """Sum the lanes' counters."""
@@ -277,9 +282,7 @@ class StreamScheduler:
             if not any(eligible):
                 return
             running, now_s = self._known[entry.request.request_id], self._clock()
-            route = self._flowguard.route(
-                self._ask(running, now_s), [lane.stats(now_s) for lane in self.lanes], eligible
-            )
+            route = self._flowguard.route(self._ask(running, now_s), self.lane_stats(), eligible)
             lane = self.lanes[route.arm]
             try:
                 refusal = lane.begin(running, local=route.local)
@@ -338,18 +341,18 @@ class StreamScheduler:
         lane.dispatch(now_s, len(self._queue))
 
     def _readable(self) -> list[Lane]:
-        """Choose the lanes whose ticks are read now: those that are done, or the one that is expected to be next.
+        """Choose the lanes whose ticks are read now: those that are done.
 
-        A read waits. Where anything else may happen meanwhile, none is waited for before it is nearly due.
+        If none is, that of a lane alone is waited for, unless anything else may happen meanwhile.
         """
-        done = [lane for lane in self.lanes if lane.has_output()]
-        ticking = [lane for lane in self.lanes if lane.ticking]
-        if done or not ticking:
-            return done
-        first = min(ticking, key=lambda lane: lane.tick_due_s)
-        if self._must_watch and first.tick_due_s > self._clock() + TICK_POLL_S:
-            return []
-        return [first]
+        if self._must_watch:
+            return [lane for lane in self.lanes if lane.has_output()]
+        return [lane for lane in self.lanes if lane.ticking]
+
+    def _pause_s(self) -> float:
+        """How long to look away: while ticks run, longer as long as none is nearly due."""
+        due_s = [lane.tick_due_s for lane in self.lanes if lane.ticking]
+        return TICK_POLL_S if due_s and min(due_s) > self._clock() + TICK_POLL_S else POLL_S
 
     def _collect(self, lane: Lane) -> None:
         """Read a lane's ticks, charge tenants for the tokens, and end the requests that are done."""

@@ -124,6 +124,7 @@ def tiny_pairs(
     method: str = "draft_model",
     verifier: str = "rejection",
     max_model_len: int = MAX_MODEL_LEN,
+    local_tokens: int = 0,
     **config,
 ) -> tuple[StreamPair, ...]:
     """Compile stream pairs of the tiny model; `draft_seed` 0 makes the draft equal to the target.
@@ -143,7 +144,7 @@ def tiny_pairs(
     drafter = DRAFTERS[method]() if max(tiers) else drafters.none()
     has_model = bool(max(tiers)) and method in ("draft_model", "synthetic")
     params = (tiny_params(0), tiny_params(draft_seed) if has_model else drafter.params)
-    sizes = lane_sizes(settings, max_model_len=max_model_len, tiers=tiers)
+    sizes = lane_sizes(settings, max_model_len=max_model_len, tiers=tiers, local_tokens=local_tokens)
     pairs = []
     for index, meshes in enumerate(mesh.make_pairs(layout, jax.devices())):
         models = PairModels(

@@ -27,8 +27,11 @@ NOBODY = Owner(Stage.PREFILL, "nobody")  # has the pages that a test takes away
 NEVER = float("inf")  # polls of a transfer that is lost
 
 # Programs and the places of their donated arguments.
-_TABLES = {"prefill": (2,), "draft_prefill": (1,), "take": (), "put": (0,), "keep": (), "restore": (0,), "step": (2, 3)}
-_SINGLE = {"first": (), "insert": (0,), "release": (0,), "read": ()}
+_TABLES = {
+    **{"prefill": (2,), "local_prefill": (2,), "draft_prefill": (1,), "take": (), "put": (0,), "keep": ()},
+    **{"restore": (0,), "step": (2, 3)},
+}
+_SINGLE = {"first": (), "local_first": (), "insert": (0,), "release": (0,), "read": ()}
 
 
 class InjectedError(RuntimeError):
@@ -134,16 +137,26 @@ class FaultyPrograms:
 
 
 class FaultyPair(StreamPair):
-    """A stream pair over faulty programs, which are told whom a call is made for."""
+    """A stream pair over faulty programs, which are told whom a call is made for. Its machine can be switched off."""
 
     def __init__(self, index: int, programs: Any):
-        self.faults = FaultyPrograms(programs)
+        self.faults, self.switched_on = FaultyPrograms(programs), True
         super().__init__(index, self.faults)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether its machine is switched on."""
+        return self.switched_on
 
     def prefill(self) -> PrefillCall | None:
         """Dispatch one prefill call; it counts as the oldest prompt's."""
         self.faults.working_for = self._prefiller.tasks[0].request_id if self._prefiller.tasks else None
         return super().prefill()
+
+    def prefill_locally(self) -> PrefillCall | None:
+        """Dispatch one prefill call on the decode mesh; likewise."""
+        self.faults.working_for = self._local.tasks[0].request_id if self._local.tasks else None
+        return super().prefill_locally()
 
     def hand_off(self, task: PrefillTask) -> Any:
         """Start a hand-off."""
@@ -294,9 +307,10 @@ def audit(scheduler: StreamScheduler) -> None:
 
 def _audit_pages(lane: Lane) -> None:
     pair = lane.pair
-    before = [task.holding for task in lane._tasks.values()]
-    before += [transit.item.task.holding for transit in lane._transit.values() if transit.item.task is not None]
-    after = [transit.item.holding for transit in lane._transit.values()]
+    tasks = [*lane._tasks.values(), *(transit.item.task for transit in lane._transit.values())]
+    before = [task.holding for task in tasks if task is not None and not task.local]
+    after = [task.holding for task in lane._tasks.values() if task.local]
+    after += [transit.item.holding for transit in lane._transit.values()]
     after += [holder.holding for holder in pair._decoder._holders.values()]
     sides = [(pair.prefill_store, before), (pair.decode_store, after)]
     if pair.colocated:

@@ -7,9 +7,13 @@ from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 from absl.testing import parameterized
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from streamserve.bandits import Policy
+from streamserve.flowguard import FlowGuard, Route
+from streamserve.flowguard.routers.picking import stateless
 from streamserve.lifecycle import State
 from tests import doubles
 from tests.doubles import make_request
@@ -18,7 +22,10 @@ from tests.faults import NEVER, Bench, Fault, FaultyPair, Kind, exhaust, poison,
 
 STEMS = (tuple(range(12)), (1,) * 16, (2, 3) * 5)  # prompts begin alike
 EXCUSES = ("on purpose", "the link is down", "not finite", "did not arrive")
-PROGRAMS = ("prefill", "draft_prefill", "first", "take", "put", "insert", "release", "step", "read", "keep", "restore")
+PROGRAMS = (
+    *("prefill", "local_prefill", "draft_prefill", "first", "local_first", "take", "put", "insert", "release", "step"),
+    *("read", "keep", "restore"),
+)
 
 RANDOMS = st.randoms(use_true_random=True)
 
@@ -28,6 +35,18 @@ def _fake_pairs(count: int, slowness: int, seed: float, config: dict[str, Any]) 
     batches = tuple(size for size in (1, 2) if size < config["max_num_seqs"])
     polls = lambda what: rng.randrange(slowness)  # noqa: E731
     return [FaultyPair(index, FakePrograms(polls=polls, decode_batches=batches, **config)) for index in range(count)]
+
+
+def _wandering(num_lanes: int) -> Policy:
+    """Make a router that goes anywhere, and computes prompts where they are decoded whenever it can."""
+    del num_lanes
+
+    def choose(context, noise_A2):
+        lanes = np.flatnonzero(context.eligible_A)
+        arm = int(lanes[int(noise_A2[0, 0] * len(lanes)) % len(lanes)])
+        return Route(arm, 1 / len(lanes), bool(context.local_A[arm] and noise_A2[0, 1] < 0.7))
+
+    return stateless(choose)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -49,9 +68,16 @@ class EngineMachine(RuleBasedStateMachine):
             "decode_pool_tokens": pool(),
             "max_num_seqs": rng.randint(1, 4),
         }
+        config["local_tokens"] = 0 if config["colocated"] else rng.choice((0, 6, 40))
         pairs = _fake_pairs(rng.randint(1, 3), rng.choice((1, 3, 9)), rng.random(), config)
         plans = [doubles.tiny_specustream(pair, doubles.restless(pair.sizes), seed=rng.randint(0, 9)) for pair in pairs]
-        self.bench = Bench(pairs, max_waiting=rng.randint(4, 12), transfer_timeout_s=1.0, specustreams=plans)
+        self.bench = Bench(
+            pairs,
+            max_waiting=rng.randint(4, 12),
+            transfer_timeout_s=1.0,
+            specustreams=plans,
+            flowguard=FlowGuard(_wandering, num_lanes=len(pairs), seed=rng.randint(0, 9)),
+        )
         self.made, self.taken, self.excused, self.judged = 0, [], False, 0
 
     @rule(rng=RANDOMS)
@@ -92,6 +118,13 @@ class EngineMachine(RuleBasedStateMachine):
         if live:
             assert self.bench.scheduler.cancel(rng.choice(live))
         assert not self.bench.scheduler.cancel("nobody")
+        self.bench.step()
+        self.judge()
+
+    @rule(rng=RANDOMS)
+    def switch(self, rng):
+        pair = rng.choice(self.bench.pairs)
+        pair.switched_on = not pair.switched_on
         self.bench.step()
         self.judge()
 
@@ -169,6 +202,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.restock()
         for pair in self.bench.pairs:
             pair.faults.plan.clear()
+            pair.switched_on = True
         for _ in range(3000):
             if self.bench.scheduler.idle:
                 break
@@ -200,9 +234,11 @@ class TinyMachine(EngineMachine):
     def build(self, rng):
         layout = {"draft_kv": "recompute", "preemption": rng.choice(("recompute", "keep"))}
         layout["draft_kv"] = "transfer" if layout["preemption"] == "recompute" else "recompute"
-        pair = FaultyPair(0, doubles.tiny_pairs(3, tiers=(0, 1, 3), num_pairs=1, **layout)[0].programs)
+        pairs = doubles.tiny_pairs(3, tiers=(0, 1, 3), num_pairs=1, local_tokens=16, **layout)
+        pair = FaultyPair(0, pairs[0].programs)
         plans = [doubles.tiny_specustream(pair, doubles.restless(pair.sizes), seed=rng.randint(0, 9))]
-        self.bench = Bench([pair], transfer_timeout_s=1.0, specustreams=plans)
+        flowguard = FlowGuard(_wandering, num_lanes=1, seed=rng.randint(0, 9))
+        self.bench = Bench([pair], transfer_timeout_s=1.0, specustreams=plans, flowguard=flowguard)
         self.made, self.taken, self.excused, self.judged = 0, [], False, 0
 
     def quiet(self, request):
@@ -226,6 +262,7 @@ WALK = {
     "exhaust": 1,
     "restock": 2,
     "shut_down": 0.3,
+    "switch": 0.5,
     "break_a_program": 1,
     "poison": 0.5,
 }

@@ -454,7 +454,7 @@ class PagesRunOutTest(FaultCase):
 class SlowLaneTest(FaultCase):
     def test_a_lane_whose_tick_is_done_does_not_wait_for_one_whose_tick_is_not(self):
         self.real = False
-        programs = [FakePrograms(polls=lambda what: NEVER if what == "tick" else 0), FakePrograms()]
+        programs = [FakePrograms(polls=lambda what: 300 if what == "tick" else 0), FakePrograms()]
         bench = Bench([FaultyPair(index, each) for index, each in enumerate(programs)])
         bench.submit(self.request("a"), self.request("b"))
         bench.until("a", State.DECODE)

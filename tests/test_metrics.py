@@ -6,7 +6,7 @@ import json
 import pytest
 
 from streamserve import metrics
-from streamserve.metrics import STAGES, EngineStats, Tally, summarise
+from streamserve.metrics import STAGES, EngineStats, ServiceLevels, Tally, summarise
 from streamserve.report_table import format_table
 from tests import fakes
 
@@ -141,6 +141,66 @@ def test_lines_that_never_became_requests_count_as_failed():
     tally.add(OUTPUTS[0])
     tally.add_failure()
     assert (tally.completed, tally.failed, tally.output_tokens) == (1, 1, 3)
+
+
+def judged(outputs, **limits):
+    """Tally outputs under service levels."""
+    tally = Tally(ServiceLevels(**limits))
+    for output in outputs:
+        tally.add(output)
+    return tally
+
+
+def test_percentiles_are_those_of_the_values():
+    outputs = [fakes.make_output(times=(0.0, rank / 1000, rank / 1000), tokens=(5,)) for rank in range(101)]
+    results = summarise(outputs, 2.0, STATS)
+    assert [results[f"p{rank}_e2el_ms"] for rank in (50, 90, 95, 99)] == pytest.approx([50, 90, 95, 99])
+
+
+def test_goodput_counts_requests_within_all_limits_and_attainment_all_that_were_sent():
+    # "a": TTFT 100 ms, TPOT 100 ms, E2EL 300 ms; "b": 200 ms, one token, 200 ms; "c" was refused
+    results = summarise(judged(OUTPUTS, ttft_s=0.15, tpot_s=0.2, e2el_s=0.25), 2.0, STATS)
+    assert results["request_goodput"] == 0.0, "each misses one"
+    assert results["slo_attainment"] == 0.0
+    names = ("ttft", "tpot", "e2el")
+    assert [results[f"slo_attainment_{name}"] for name in names] == pytest.approx([1 / 3, 2 / 3, 1 / 3])
+    assert [results[f"slo_{name}_ms"] for name in names] == pytest.approx([150, 200, 250])
+    results = summarise(judged(OUTPUTS, ttft_s=0.15, tpot_s=0.2), 4.0, STATS)
+    assert (results["request_goodput"], results["slo_attainment"]) == pytest.approx((1 / 4, 1 / 3))
+    assert "slo_attainment_e2el" not in results
+
+
+def test_a_request_exactly_at_its_limits_is_good():
+    output = fakes.make_output(times=(0.0, 0.25, 0.75), tokens=(5, 6, 7))
+    for limits in ({"ttft_s": 0.25}, {"tpot_s": 0.25}, {"e2el_s": 0.75}):
+        assert judged([output], **limits).good == 1
+        assert judged([output], **{name: limit - 1e-9 for name, limit in limits.items()}).good == 0
+
+
+def test_a_request_of_one_token_meets_any_limit_of_time_per_token():
+    assert judged([fakes.make_output(tokens=(5,), times=(0.0, 9.0, 9.0))], tpot_s=1e-9).good == 1
+
+
+def test_a_request_is_as_good_as_the_worst_of_its_completions():
+    quick = fakes.make_output(times=(0.0, 0.1, 0.3))
+    slow = fakes.make_output(times=(0.0, 0.5, 0.6))
+    both = dataclasses.replace(quick, outputs=quick.outputs * 2, metrics=quick.metrics + slow.metrics)
+    assert ServiceLevels(ttft_s=0.2, tpot_s=0.2).met(both) == {"ttft": False, "tpot": True}
+    assert judged([both], ttft_s=0.2, tpot_s=0.2).good == 0
+
+
+def test_lines_that_were_never_sent_are_no_misses():
+    tally = judged(OUTPUTS[:1], ttft_s=1.0)
+    tally.add_failure()
+    results = summarise(tally, 2.0, STATS)
+    assert (results["slo_attainment"], results["failed"]) == (1.0, 1)
+    assert "slo_attainment" not in summarise(judged([], ttft_s=1.0), 2.0, STATS)
+
+
+@pytest.mark.parametrize("limits", [{}, {"ttft_s": 0.0}, {"tpot_s": -1.0}, {"e2el_s": float("nan")}])
+def test_service_levels_need_a_positive_limit(limits):
+    with pytest.raises(ValueError, match="limit"):
+        ServiceLevels(**limits)
 
 
 def test_results_are_json():

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from streamserve.types import Job, StepOutput, StepPlan
 
+_POLL_S = 0.0005  # how often a tick that is waited for is asked
+
 
 class Handicap(NamedTuple):
     """What is wrong with a pair.
@@ -27,29 +29,52 @@ class Handicap(NamedTuple):
     down_until_s: float = -1.0
 
 
-class _SlowedMesh:
-    """When the work of a mesh, which runs in order, seems to be done."""
-
-    def __init__(self, slowdown: float):
-        self._slowdown = slowdown
-        self._real_end_s = self._end_s = 0.0
-
-    def due_s(self, begin_s: float, real_end_s: float) -> float:
-        """Place the next piece of work, dispatched at `begin_s` and really done at `real_end_s`."""
-        took_s = real_end_s - max(begin_s, self._real_end_s)
-        self._real_end_s = real_end_s
-        self._end_s = max(begin_s, self._end_s) + self._slowdown * took_s
-        return self._end_s
-
-
 class _Work:
-    """Something dispatched: by identity, since what a pair gives out is opaque."""
+    """Something dispatched."""
 
     __slots__ = ("begin_s", "due_s", "thing")
 
     def __init__(self, thing: Any, begin_s: float):
         self.thing, self.begin_s = thing, begin_s
         self.due_s: float | None = None  # unknown before it is really done
+
+
+class _SlowedMesh:
+    """When the work of a mesh, which runs in order, seems to be done.
+
+    What was dispatched is known by its identity, since what a pair gives out is opaque; it is held so that this stays
+    its own. How long it took is seen by asking often: all that is under way, not only what is waited for.
+    """
+
+    def __init__(self, slowdown: float, is_done: Callable[[Any], bool]):
+        self._slowdown, self._is_done = slowdown, is_done
+        self._real_end_s = self._end_s = 0.0
+        self._works: dict[int, _Work] = {}  # in the order of dispatch
+
+    def __contains__(self, thing: Any) -> bool:
+        return id(thing) in self._works
+
+    def add(self, thing: Any, now_s: float) -> None:
+        """Note what was dispatched."""
+        self._works[id(thing)] = _Work(thing, now_s)
+
+    def watch(self, now_s: float) -> None:
+        """See what is really done."""
+        for work in self._works.values():
+            if work.due_s is None:
+                if not self._is_done(work.thing):
+                    return
+                took_s = now_s - max(work.begin_s, self._real_end_s)
+                self._real_end_s = now_s
+                self._end_s = work.due_s = max(work.begin_s, self._end_s) + self._slowdown * took_s
+
+    def due_s(self, thing: Any) -> float | None:
+        """When it seems to be done; None as long as it is not really done."""
+        return self._works[id(thing)].due_s
+
+    def take(self, thing: Any) -> None:
+        """Forget it."""
+        del self._works[id(thing)]
 
 
 class HandicappedPair:
@@ -69,7 +94,7 @@ class HandicappedPair:
           pair: a `StreamPair`.
           handicap: what is wrong with it.
           clock: seconds, monotonic.
-          sleep: waits for a tick that is really done.
+          sleep: passes the time while a tick is waited for.
         """
         self._pair, self._handicap, self._clock, self._sleep = pair, handicap, clock, sleep
         self._first_s: float | None = None
@@ -149,18 +174,14 @@ class HandicappedPair:
 
     def is_computed(self, call: Any) -> bool:
         """Whether a prefill call seems to be done."""
-        work = self._calls.get(id(call))
-        if work is None:
-            return self._pair.is_computed(call)
-        now_s = self._clock()
-        if work.due_s is None and self._pair.is_computed(call):
-            mesh = self._decode_mesh if call.local else self._prefill_mesh
-            work.due_s = mesh.due_s(work.begin_s, now_s)
-        if work.due_s is None or now_s < work.due_s:
+        self._watch()
+        mesh = self._local_calls if call.local else self._calls
+        due_s = mesh.due_s(call)
+        if due_s is None or self._clock() < due_s:
             return False
-        del self._calls[id(call)]
+        mesh.take(call)
         for task in call.done:
-            self._computed[id(task)] = _Work(task, work.due_s)  # it holds the task, whose id so stays its own
+            self._computed[id(task)] = (task, due_s)  # it holds the task, whose id so stays its own
         return True
 
     def is_prompt_computed(self, item: Any) -> bool:
@@ -173,7 +194,7 @@ class HandicappedPair:
             return False
         if item.task is None:
             return True
-        return self._clock() >= self._computed[id(item.task)].begin_s + self._handicap.transfer_delay_s
+        return self._clock() >= self._computed[id(item.task)][1] + self._handicap.transfer_delay_s
 
     def insert(self, item: Any) -> int:
         """Put an arrived request into a free slot."""
@@ -187,28 +208,23 @@ class HandicappedPair:
 
     def step(self, tier: int, plan: StepPlan) -> Any:
         """Dispatch a tick."""
+        self._watch()
         pending = self._pair.step(tier, plan)
-        self._ticks[id(pending)] = _Work(pending, self._clock())
+        self._ticks.add(pending, self._clock())
         return pending
 
     def is_done(self, pending: Any) -> bool:
         """Whether a tick seems to be done."""
-        work = self._ticks.get(id(pending))
-        if work is None:
-            return self._pair.is_done(pending)
-        if work.due_s is None and self._pair.is_done(pending):
-            work.due_s = self._decode_mesh.due_s(work.begin_s, self._clock())
-        return work.due_s is not None and self._clock() >= work.due_s
+        self._watch()
+        due_s = self._ticks.due_s(pending)
+        return due_s is not None and self._clock() >= due_s
 
     def read(self, pending: Any) -> StepOutput:
         """Wait until a tick seems to be done, and bring its output to the host."""
-        output = self._pair.read(pending)
-        work = self._ticks.pop(id(pending), None)
-        if work is not None:
-            if work.due_s is None:
-                work.due_s = self._decode_mesh.due_s(work.begin_s, self._clock())
-            self._sleep(max(0.0, work.due_s - self._clock()))
-        return output
+        while not self.is_done(pending):
+            self._sleep(_POLL_S)
+        self._ticks.take(pending)
+        return self._pair.read(pending)
 
     def reset(self) -> None:
         """Forget all requests."""
@@ -216,12 +232,18 @@ class HandicappedPair:
         self._pair.reset()
 
     def _forget(self) -> None:
-        self._prefill_mesh, self._decode_mesh = (_SlowedMesh(self._handicap.slowdown) for _ in range(2))
-        self._calls: dict[int, _Work] = {}
-        self._ticks: dict[int, _Work] = {}
-        self._computed: dict[int, _Work] = {}  # prompts, since when they seem to be
+        slowdown, pair = self._handicap.slowdown, self._pair
+        self._calls, self._local_calls = (_SlowedMesh(slowdown, pair.is_computed) for _ in range(2))
+        self._ticks = _SlowedMesh(slowdown, pair.is_done)
+        self._computed: dict[int, tuple[Any, float]] = {}  # prompts, and since when they seem to be
+
+    def _watch(self) -> None:
+        now_s = self._clock()
+        for mesh in (self._calls, self._local_calls, self._ticks):
+            mesh.watch(now_s)
 
     def _called(self, call: Any) -> Any:
+        self._watch()
         if call is not None:
-            self._calls[id(call)] = _Work(call, self._clock())
+            (self._local_calls if call.local else self._calls).add(call, self._clock())
         return call

@@ -1,7 +1,5 @@
 """Routers of other systems, as far as their sources are public, with their defaults unless it is said otherwise."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from streamserve.bandits import Policy
@@ -83,9 +81,9 @@ def weighted_scorers(num_lanes: int, *, queue: float = 2.0, pages: float = 2.0, 
       prefix: of the known part of the prompt.
     """
     del num_lanes
-    parts: tuple[tuple[float, Callable[[RouteContext], np.ndarray]], ...] = (
-        (queue, scorers.queue),
-        (pages, scorers.pages),
-        (prefix, scorers.prefix),
-    )
-    return by_cost(lambda context: -sum(weight * score(context) for weight, score in parts))
+
+    def cost(context: RouteContext) -> np.ndarray:
+        score_A = queue * scorers.queue(context) + pages * scorers.pages(context) + prefix * scorers.prefix(context)
+        return -score_A
+
+    return by_cost(cost)
