@@ -74,7 +74,36 @@ def get_config() -> ml_collections.ConfigDict:
             "margin": 0.1,
         },
     }
-    config.routing = {"policy": "round_robin"}
+    config.routing = {
+        "policy": "round_robin",
+        "ttft_s": 1.0,
+        "tpot_s": 0.1,
+        "local_prefill_tokens": 0,
+        "flowguard": {
+            "ttft": 0.5,
+            "tpot": 0.3,
+            "acceptance": 0.05,
+            "prefix": 0.05,
+            "slots": 0.05,
+            "pages": 0.05,
+            "learning": True,
+            "prior_weight": 50.0,
+            "forget": 500.0,
+            "explore": 0.01,
+            "margin": 0.0,
+            "stale_s": 5.0,
+            "local_gain": 0.2,
+        },
+    }
+    config.lanes = {
+        "slots": (),
+        "decode_pool_tokens": (),
+        "slowdown": (),
+        "transfer_delay_s": (),
+        "down_from_s": (),
+        "down_until_s": (),
+        "acceptance": (),
+    }
     config.scheduler = {
         "max_waiting": 64,
         "prefill_calls": 2,

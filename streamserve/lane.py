@@ -127,7 +127,11 @@ class Lane:
             in_transit=self.num_before_slot,
             running=len(self._slots),
             queued_prefill_tokens=(pair.waiting_tiles + called_tiles) * page_size,
-            transfer_backlog_bytes=sum(transit.item.transfer_bytes for transit in self._transit.values()),
+            transfer_backlog_bytes=sum(
+                transit.item.transfer_bytes
+                for request_id, transit in self._transit.items()
+                if self._requests[request_id].stamps.transferred_s is None  # else it has come, and waits for a slot
+            ),
             local_tokens=pair.local_tokens,
             pace=self._meter.pace(now_s),
         )
@@ -256,6 +260,7 @@ class Lane:
             slot = self.pair.insert(item)
             del self._transit[request_id]
             running.life.move(State.DECODE)
+            running.stamps.inserted_s = now_s
             self._slots[slot] = running
             self._num_insertions += 1
             self._insertions[slot] = self._num_insertions
@@ -328,6 +333,7 @@ class Lane:
             for running in ended.values():  # they are out before a slot is released: that may fail
                 if running.invalid:
                     self.pair.forget(running.job())
+                self._meter.held(now_s - running.stamps.inserted_s)
                 del self._requests[running.request_id]
                 yield running
                 if not running.invalid:
@@ -344,9 +350,9 @@ class Lane:
         """Whether the oldest tick is done, so that `collect` does not wait for it."""
         return bool(self._ticks) and self.pair.is_done(self._ticks[0].pending)
 
-    def note_end(self, ttft_s: float, tpot_s: float, decode_s: float) -> None:
+    def note_end(self, ttft_s: float, tpot_s: float) -> None:
         """Take in the times of a request that was answered."""
-        self._meter.ended(ttft_s, tpot_s, decode_s)
+        self._meter.ended(ttft_s, tpot_s)
 
     def decoding_requests(self) -> list[RunningRequest]:
         """List the requests that hold slots."""

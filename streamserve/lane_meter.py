@@ -65,10 +65,13 @@ class LaneMeter:
             self._accepted.add(float(output.accepted[ran].sum()), steps)
             self._drafted.add(float(output.drafted[ran].sum()), steps)
 
-    def ended(self, ttft_s: float, tpot_s: float, decode_s: float) -> None:
+    def held(self, seconds: float) -> None:
+        """Take in how long a request has held its slot to its end."""
+        self._decode.add(seconds)
+
+    def ended(self, ttft_s: float, tpot_s: float) -> None:
         """Take in a request that was answered; `tpot_s` is 0 where it had one token."""
         self._ttft.add(ttft_s)
-        self._decode.add(decode_s)
         if tpot_s > 0:
             self._tpot.add(tpot_s)
 

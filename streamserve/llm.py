@@ -161,7 +161,7 @@ class LLM:
         begin_s = time.monotonic()
         with persistent_cache(config.compilation_cache_dir):
             self._num_programs = warm_up(self._pairs, use_tqdm=use_tqdm)
-        self._costs = parts.lane_costs(config, self._pairs, target, draft)
+        self._costs = parts.lane_costs(config, self._pairs, target, draft, use_tqdm=use_tqdm)
         self._warmup_s = time.monotonic() - begin_s
         self._tracer, self._decisions, self._routes = NullTracer(), None, None
 

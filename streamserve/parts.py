@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import inspect
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -117,16 +118,15 @@ def find(kind: str, name: str, known: Mapping[str, Any], *, others: Sequence[str
 
 
 def check_names(config: Config) -> None:
-    """Look every name up, before anything costly begins.
+    """Look every name up and make every policy once, before anything costly begins.
 
     Raises:
-      ValueError: a name that stands for nothing.
+      ValueError: a name that stands for nothing, or a factory that does not make what it should.
     """
     speculation = config.speculation
-    find("routing.policy", config.routing.policy, ROUTERS)
+    make_router(config)(config.topology.num_pairs)
     find("speculation.verifier", speculation.verifier, VERIFIERS)
-    if speculation.policy != "fixed":
-        find("speculation.policy", speculation.policy, POLICIES, others=("fixed",))
+    make_policy(speculation, config.pipeserve.max_num_seqs)
     if speculation.method not in ("none", *MODEL_METHODS):
         find("speculation.method", speculation.method, DRAFTERS, others=("none", *MODEL_METHODS))
     if speculation.policy == "oracle" and speculation.method != "synthetic":
@@ -156,9 +156,22 @@ def make_policy(config: SpeculationConfig, slots: int, *, name: str | None = Non
     factory = find("speculation.policy", name, POLICIES, others=("fixed",))
     if factory is policies.specustream:
         factory = functools.partial(factory, **dataclasses.asdict(config.specustream))
-    policy = factory(config.depths, slots)
+    return _made("speculation.policy", name, factory, config.depths, slots)
+
+
+def _made(kind: str, name: str, factory: Callable[..., Any], *arguments: Any) -> Policy:
+    """Let a factory make a policy.
+
+    Raises:
+      ValueError: it takes other arguments, or makes something else.
+    """
+    try:
+        inspect.signature(factory).bind(*arguments)
+    except TypeError as error:
+        raise ValueError(f"{kind} {name!r} cannot be called with {len(arguments)} argument(s): {error}") from error
+    policy = factory(*arguments)
     if not isinstance(policy, Policy):
-        raise ValueError(f"speculation.policy {name!r} made a {type(policy).__name__}, not a Policy")
+        raise ValueError(f"{kind} {name!r} made a {type(policy).__name__}, not a Policy")
     return policy
 
 
@@ -175,15 +188,8 @@ def make_router(config: Config, *, name: str | None = None) -> MakeRouter:
     name = config.routing.policy if name is None else name
     factory = find("routing.policy", name, ROUTERS)
     if factory is routers.flowguard:
-        return functools.partial(factory, **dataclasses.asdict(config.routing.flowguard))
-
-    def make(num_lanes: int) -> Policy:
-        policy = factory(num_lanes)
-        if not isinstance(policy, Policy):
-            raise ValueError(f"routing.policy {name!r} made a {type(policy).__name__}, not a Policy")
-        return policy
-
-    return make
+        factory = functools.partial(factory, **dataclasses.asdict(config.routing.flowguard))
+    return lambda num_lanes: _made("routing.policy", name, factory, num_lanes)
 
 
 def make_flowguard(config: Config, log: RouteLog | None) -> FlowGuard:
@@ -260,7 +266,9 @@ def make_specustreams(
     ]
 
 
-def lane_costs(config: Config, pairs: Sequence[StreamPair], target: Model, draft: Model | None) -> CostTable:
+def lane_costs(
+    config: Config, pairs: Sequence[StreamPair], target: Model, draft: Model | None, *, use_tqdm: bool = False
+) -> CostTable:
     """Find out what a round costs at every depth: from an earlier start on this machine, or by measuring.
 
     Nothing is measured where there is one depth alone.
@@ -271,7 +279,11 @@ def lane_costs(config: Config, pairs: Sequence[StreamPair], target: Model, draft
         return nominal(sizes.tiers, sizes.batches)
     fingerprint = _fingerprint(config, sizes, target, draft)
     measure = functools.partial(
-        measure_costs, pair, context_lengths(sizes.columns * sizes.page_size), fingerprint=fingerprint
+        measure_costs,
+        pair,
+        context_lengths(sizes.columns * sizes.page_size),
+        fingerprint=fingerprint,
+        use_tqdm=use_tqdm,
     )
     if config.compilation_cache_dir is None:
         return measure()
@@ -297,7 +309,7 @@ def log_header(config: Config) -> dict[str, Any]:
         "tiers": list(speculation.depths),
         "slots": config.pipeserve.max_num_seqs,
         "seed": config.seed,
-        "fixed_depth": speculation.fixed_depth,
+        "fixed_depth": speculation.fixed_depth if speculation.policy == "fixed" else None,
         "specustream": dataclasses.asdict(speculation.specustream),
         "verifier": speculation.verifier,
         "jax": jax.__version__,

@@ -432,7 +432,7 @@ class StreamScheduler:
             return
         times, completion = running.metrics(now_s), running.completion()
         outcome = _outcome(times, running.num_tokens)
-        self.lanes[running.lane].note_end(outcome.ttft_s, outcome.tpot_s, times.decode_s)
+        self.lanes[running.lane].note_end(outcome.ttft_s, outcome.tpot_s)
         self._flowguard.learn(running.request_id, outcome, now_s)
         self._hand_over(
             Finished(

@@ -35,6 +35,7 @@ class Stamps:
         self.prefilled_s: float | None = None
         self.handed_off_s: float | None = None
         self.transferred_s: float | None = None
+        self.inserted_s = arrival_s  # when it came into its slot, the latest
         self.token_s: list[float] = []  # of every tick that brought tokens
 
     def scheduled(self, now_s: float) -> None:

@@ -126,6 +126,8 @@ class LineReader:
     def _parse(self, line: bytes, origin: Origin) -> WorkItem | BadLine:
         try:
             value = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+        except json.JSONDecodeError as error:  # its "line" would be that of this one line
+            return BadLine(origin=origin, message=f"not valid JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
             return BadLine(origin=origin, message=f"not valid JSON: {error}")
         if not isinstance(value, dict):

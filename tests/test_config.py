@@ -6,7 +6,7 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
-from configs import adaptive_cpu, plain_cpu, tiny_cpu
+from configs import adaptive_cpu, plain_cpu, serve_trace, tiny_cpu
 from experiments import common
 from streamserve.config import Config, ModelArgs, PipeServeConfig, SchedulerConfig, TopologyConfig, from_mapping
 from streamserve.sampling_params import MAX_SEED, SamplingParams
@@ -34,7 +34,7 @@ def _leaves(values: dict, path: str = ""):
             yield f"{path}{name}"
 
 
-@pytest.mark.parametrize("get_config", [tiny_cpu.get_config, plain_cpu.get_config, adaptive_cpu.get_config])
+@pytest.mark.parametrize("get_config", [tiny_cpu.get_config, plain_cpu.get_config, adaptive_cpu.get_config, serve_trace.get_config])
 def test_a_config_file_names_every_field_so_that_each_can_be_overridden(get_config):
     values = get_config()
     assert isinstance(values, ConfigDict)

@@ -10,7 +10,7 @@ import numpy as np
 
 from streamserve.flowguard.signals import RouteContext
 
-_FIRST_TICKS = 1.5  # a first token is read with the first tick after the insertion, half a tick late in the mean
+_TICKS_AHEAD = 1.5  # of a tick that is dispatched now where one runs and one is queued, in the mean
 
 
 class Prediction(NamedTuple):
@@ -43,18 +43,19 @@ def predict(context: RouteContext, *, local: bool = False) -> Prediction:
 
     Args:
       context: of the request and the lanes.
-      local: the prompt is computed where it is decoded: wholly, at once, at the pace of the prefill mesh, and without a
-        hand-off.
+      local: the prompt is computed where it is decoded: wholly, behind the ticks under way, at the pace of the prefill
+        mesh, and without a hand-off.
     """
     new_A = context.prompt_tokens - (0 if local else context.hit_tokens_A)
     zero_A = np.zeros(len(context.eligible_A))
     own_bytes_A = context.prompt_tokens * context.token_bytes_A
+    ticks_s_A = _TICKS_AHEAD * (context.running_A > 0) * context.tick_s_A
     ahead_A = np.maximum(context.in_transit_A + 1 - context.free_slots_A, 0)
     return Prediction(
-        queue_s_A=zero_A if local else context.queued_tokens_A * context.prefill_s_A,
+        queue_s_A=ticks_s_A if local else context.queued_tokens_A * context.prefill_s_A,
         prefill_s_A=new_A * context.prefill_s_A,
         transfer_s_A=zero_A if local else (context.backlog_bytes_A + own_bytes_A) * context.transfer_s_A,
         slot_s_A=ahead_A * context.decode_s_A / np.maximum(context.slots_A, 1),
-        tick_s_A=_FIRST_TICKS * context.tick_s_A,
+        tick_s_A=ticks_s_A + context.tick_s_A,
         tpot_s_A=context.tick_s_A / np.maximum(context.tick_tokens_A, 1e-9) * (context.tick_tokens_A > 0),
     )

@@ -173,10 +173,15 @@ def context(lanes: Sequence[LaneStats], eligible: Sequence[bool], ask: Ask, obje
         )
         for lane, hit in zip(lanes, ask.hit_tokens, strict=True)
     ]
-    return RouteContext(
+    columns = [
         np.array(eligible, bool),
         np.array([ask.prompt_tokens <= lane.local_tokens for lane in lanes], bool),
         *np.array(rows, np.float64).T,
+    ]
+    for column in columns:
+        column.setflags(write=False)  # a policy that changes what it sees would falsify its own log
+    return RouteContext(
+        *columns,
         prompt_tokens=ask.prompt_tokens,
         max_tokens=ask.max_tokens,
         waited_s=ask.waited_s,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 
 from streamserve.pipeserve.pair import StreamPair
 from streamserve.specustream.costs import CostTable
@@ -29,6 +30,7 @@ def measure_costs(
     *,
     fingerprint: dict[str, str],
     clock: Callable[[], float] = time.perf_counter,
+    use_tqdm: bool = False,
 ) -> CostTable:
     """Time every decode program at every context length, round by round through all of them.
 
@@ -39,11 +41,12 @@ def measure_costs(
       lengths: tokens in the cache of every row.
       fingerprint: where the table will hold.
       clock: seconds.
+      use_tqdm: show a progress bar.
     """
     sizes = pair.sizes
     shape = (len(sizes.batches), len(lengths), len(sizes.tiers))
     times: dict[tuple[int, int, int, bool], list[float]] = {}
-    for _ in range(1 + REPEATS):
+    for _ in tqdm.tqdm(range(1 + REPEATS), desc="Measuring", disable=not use_tqdm):
         for n, batch in enumerate(sizes.batches):
             for c, length in enumerate(lengths):
                 for a, tier in enumerate(sizes.tiers):

@@ -208,6 +208,8 @@ class SpecuStream:
             mean_length=load.mean_length,
             cached=load.cached,
         )
+        for array in (self._tiers, holder_B, cost_A, draft_A, context.switch_A):
+            array.setflags(write=False)  # a policy that changes what it sees would falsify its own log
         if self._way.process is None:
             return context
         acceptance_K, self._process_state = self._way.process.step(

@@ -131,7 +131,12 @@ def whole(context: DepthContext, arm: int, propensity: float = 1.0) -> Plan:
       context: of the choice.
       arm: the choice.
       propensity: probability with which it was chosen.
+
+    Raises:
+      ValueError: there is no such arm.
     """
+    if not 0 <= arm < len(context.tiers_A):
+        raise ValueError(f"the depth policy chose arm {arm}; there are {len(context.tiers_A)}, from 0")
     depth_B = np.full(len(context.holder_B), context.tiers_A[arm], np.int32)
     return Plan(arm=int(arm), propensity=float(propensity), depth_B=depth_B)
 

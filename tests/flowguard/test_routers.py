@@ -172,15 +172,18 @@ class PredictionTest(parameterized.TestCase):
         self.assertAlmostEqual(of.prefill_s_A[0], 0.036)
         self.assertAlmostEqual(of.transfer_s_A[0], 0.01 + 100 * 1000 * 1e-9)
         self.assertAlmostEqual(of.slot_s_A[0], 2 * 1.0 / 4)  # three want the one free slot
-        self.assertAlmostEqual(of.tick_s_A[0], 0.03)
+        self.assertAlmostEqual(of.tick_s_A[0], 0.05)
         self.assertAlmostEqual(of.tpot_s_A[0], 0.005)
-        self.assertAlmostEqual(of.ttft_s_A[0], 0.53)  # the slot takes longest
+        self.assertAlmostEqual(of.ttft_s_A[0], 0.55)  # the slot takes longest
 
     def test_where_it_decodes_a_prompt_neither_queues_nor_travels_nor_is_known(self):
         lanes = [lane(0, queued_prefill_tokens=200, transfer_backlog_bytes=10**7, local_tokens=128)]
         of = predict(seen(lanes, hit_tokens=(64,)), local=True)
-        self.assertEqual((of.queue_s_A[0], of.transfer_s_A[0]), (0.0, 0.0))
-        self.assertAlmostEqual(of.ttft_s_A[0], 0.1 + 0.03)
+        self.assertAlmostEqual(of.queue_s_A[0], 0.03)  # behind the ticks under way
+        self.assertEqual(of.transfer_s_A[0], 0.0)
+        self.assertAlmostEqual(of.ttft_s_A[0], 0.03 + 0.1 + 0.05)
+        (idle,) = predict(seen([lane(0, running=0)])).tick_s_A
+        self.assertAlmostEqual(idle, 0.02)
 
     def test_what_was_never_measured_counts_as_nothing(self):
         of = predict(seen([lane(0, pace=LanePace(), queued_prefill_tokens=10**6, in_transit=9)]))

@@ -2,7 +2,8 @@
 
 from absl.testing import parameterized
 
-from streamserve.flowguard import FlowGuard, routers
+from streamserve.flowguard import FlowGuard, Route
+from streamserve.flowguard.routers.picking import stateless
 from streamserve.lifecycle import State
 from streamserve.pipeserve import Handicap, HandicappedPair
 from tests.doubles import assert_empty, make_request
@@ -62,8 +63,8 @@ class HandicapTest(parameterized.TestCase):
         pair = inner
         if handicap is not None:
             pair = HandicappedPair(inner, handicap, clock=clock, sleep=clock.sleep)
-        router = routers.flowguard if local else routers.round_robin
-        flowguard = FlowGuard(router, num_lanes=1, seed=0)
+        router = stateless(lambda context, noise_A2: Route(0, local=local))
+        flowguard = FlowGuard(lambda lanes: router, num_lanes=1, seed=0)
         wired = fake_scheduler([inner], clock=clock, flowguard=flowguard)
         wired.use_pairs([pair])
         ends = {}
@@ -111,7 +112,9 @@ class HandicapTest(parameterized.TestCase):
 
     def test_a_prompt_that_is_computed_where_it_is_decoded_is_slowed_down_too(self):
         queue = Handicap(slowdown=3.0)
-        self.assertAlmostEqual(self._served(queue, local=True)[0].prefill_s, 3 * WORK_S, delta=0.01)
+        metrics = self._served(queue, local=True)[0]
+        self.assertAlmostEqual(metrics.prefill_s, 3 * WORK_S, delta=0.01)
+        self.assertEqual(metrics.transfer_pages, 0)
 
 
 class DeathTest(parameterized.TestCase):
@@ -138,6 +141,7 @@ class DeathTest(parameterized.TestCase):
                 ends[end.request_id] = end
             if not was_up and not pairs[0].is_up:
                 self.assertFalse(wired.lanes[0].busy)
+                self.assertEqual((pairs[0]._ticks._works, pairs[0]._calls._works, pairs[0]._computed), ({}, {}, {}))
                 lanes_down.add(clock() > 0.45)
         self.assertEqual(lanes_down, {True})
         for request in requests:
