@@ -19,7 +19,9 @@ class Prediction(NamedTuple):
     Attributes:
       queue_s_A: until the prompts before it are computed.
       prefill_s_A: of its own prompt, without what the prefix cache holds.
-      transfer_s_A: of the hand-offs before it and its own.
+      transfer_s_A: of its own hand-off, as long as those of late took a byte: what they waited for others is in that.
+      backlog_s_A: of the hand-offs under way, one after the other. No part of the time to first token: a link that is
+        merely slow takes them together.
       slot_s_A: until a decode slot is free.
       tick_s_A: until its first token is read, once it is in a slot.
       tpot_s_A: a token after the first.
@@ -28,6 +30,7 @@ class Prediction(NamedTuple):
     queue_s_A: np.ndarray
     prefill_s_A: np.ndarray
     transfer_s_A: np.ndarray
+    backlog_s_A: np.ndarray
     slot_s_A: np.ndarray
     tick_s_A: np.ndarray
     tpot_s_A: np.ndarray
@@ -54,7 +57,8 @@ def predict(context: RouteContext, *, local: bool = False) -> Prediction:
     return Prediction(
         queue_s_A=ticks_s_A if local else context.queued_tokens_A * context.prefill_s_A,
         prefill_s_A=new_A * context.prefill_s_A,
-        transfer_s_A=zero_A if local else (context.backlog_bytes_A + own_bytes_A) * context.transfer_s_A,
+        transfer_s_A=zero_A if local else own_bytes_A * context.transfer_s_A,
+        backlog_s_A=context.backlog_bytes_A * context.transfer_s_A,
         slot_s_A=ahead_A * context.decode_s_A / np.maximum(context.slots_A, 1),
         tick_s_A=ticks_s_A + context.tick_s_A,
         tpot_s_A=context.tick_s_A / np.maximum(context.tick_tokens_A, 1e-9) * (context.tick_tokens_A > 0),

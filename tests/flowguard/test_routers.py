@@ -1,6 +1,7 @@
 """Routers: one contract for all of them, what each is to prefer, and the guard around them."""
 
 import collections
+import dataclasses
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,7 +16,7 @@ from streamserve.flowguard.predict import predict
 from streamserve.flowguard.routers import scorers
 from streamserve.parts import ROUTERS
 from streamserve.types import LanePace
-from tests.flowguard.lane_states import OBJECTIVE, ask, contexts, lane, seen
+from tests.flowguard.lane_states import BUSY, OBJECTIVE, ask, contexts, lane, seen
 
 GOOD = RouteOutcome(answered=True, ttft_s=0.1, tpot_s=0.01, latency_s=1.0, output_tokens=90)
 OUTCOMES = (
@@ -137,8 +138,9 @@ class PreferenceTest(parameterized.TestCase):
         self.assertEqual(_arm(name, [lane(0, queued_prefill_tokens=900), lane(1, running=4, free_slots=0)]), 1)
 
     @parameterized.parameters("min_latency", "flowguard")
-    def test_a_transfer_backlog_is_seen(self, name):
-        self.assertEqual(_arm(name, [lane(0, transfer_backlog_bytes=10**9), lane(1)]), 1)
+    def test_a_slow_link_is_seen(self, name):
+        slow = dataclasses.replace(BUSY, transfer_s_per_byte=1e-6)
+        self.assertEqual(_arm(name, [lane(0, pace=slow), lane(1, in_transit=1, free_slots=2)]), 1)
 
     def test_only_flowguard_sees_what_speculation_brings(self):
         slow = LanePace(tick_s=0.02, tokens_per_tick=1.0, accepted_per_step=0.1, drafted_per_step=3.0)
@@ -170,7 +172,8 @@ class PredictionTest(parameterized.TestCase):
         of = predict(seen(lanes, hit_tokens=(64,)))
         self.assertAlmostEqual(of.queue_s_A[0], 0.2)
         self.assertAlmostEqual(of.prefill_s_A[0], 0.036)
-        self.assertAlmostEqual(of.transfer_s_A[0], 0.01 + 100 * 1000 * 1e-9)
+        self.assertAlmostEqual(of.transfer_s_A[0], 100 * 1000 * 1e-9)
+        self.assertAlmostEqual(of.backlog_s_A[0], 0.01)
         self.assertAlmostEqual(of.slot_s_A[0], 2 * 1.0 / 4)  # three want the one free slot
         self.assertAlmostEqual(of.tick_s_A[0], 0.05)
         self.assertAlmostEqual(of.tpot_s_A[0], 0.005)
