@@ -1,8 +1,9 @@
-"""What experiments share: flags to configuration, errors without tracebacks, and the record of a run.
+"""What experiments share: flags to configuration, errors without tracebacks, files, and the record of a run.
 
 Importing it touches no device. A `ConfigDict` stops here: everything below receives frozen dataclasses.
 """
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -13,21 +14,46 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NoReturn
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import streamserve
 from streamserve.config import Config, from_mapping
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_UNUSABLE, EXIT_INTERRUPTED = 0, 1, 2, 130
+BUNDLED_PROMPTS = pathlib.Path(streamserve.__file__).parent / "assets" / "prompts.jsonl"
+MAX_LISTED_FAILURES = 5
+# What a run writes into its workdir, besides answers.
+RECORD_FILES = (
+    "config.json",
+    "env.json",
+    "requests.jsonl",
+    "results.json",
+    "trace.json",
+    "decisions.jsonl",
+    "routes.jsonl",
+)
 PACKAGES = ("streamserve", "jax", "jaxlib", "flax", "numpy", "tokenizers", "transformers")
 
 
 class RunError(Exception):
     """The run cannot start or go on for a reason that its user can mend; the message is all they need."""
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Do a script's work; gives its exit code, or that of the error or the Ctrl-C that ended it."""
+    try:
+        return work()
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def run_main(main: Callable[[Sequence[str]], int], *, default_config: pathlib.Path) -> None:
@@ -55,7 +81,7 @@ def parse_flags(
         rest = values(arguments)
         values.config.to_dict()  # a file that is missing is reported on access only
     except Exception as error:  # the config file is a program: whatever it raises is about the user's file
-        stop(f"{_flag_problem(argv, error)} (--helpfull lists the flags, configs/tiny_cpu.py the fields)")
+        stop(f"{_flag_problem(argv, error)} (--helpfull lists the flags, configs/{default_config.name} the fields)")
     if len(rest) > 1:
         stop(f"unexpected argument {rest[1]!r} (flags start with --)")
     return rest
@@ -102,6 +128,52 @@ def split_config(values: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
         raise RunError(str(error)) from None
 
 
+def open_input(path: pathlib.Path, written: Iterable[pathlib.Path]) -> BinaryIO:
+    """Open the input, unless it is one of the files that the run will write.
+
+    Raises:
+      RunError: it is one of them, or cannot be read.
+    """
+    if any(path.resolve() == other.resolve() or _same(path, other) for other in written):
+        raise RunError(f"the input {str(path)!r} would be overwritten; choose another output or workdir")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise RunError(f"cannot read the input {str(path)!r}: {error.strerror or error}") from None
+
+
+def _same(first: pathlib.Path, second: pathlib.Path) -> bool:
+    return first.exists() and second.exists() and first.samefile(second)
+
+
+def readable(lines: BinaryIO, path: pathlib.Path) -> Iterator[bytes]:
+    """Pass the lines of an input on.
+
+    Raises:
+      RunError: it cannot be read any more.
+    """
+    try:
+        yield from lines
+    except OSError as error:
+        raise RunError(f"cannot read the input {str(path)!r}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Generator[None]:
+    """Turn what the system says when a file or folder cannot be written into a `RunError`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+
+def tell_failures(first: Sequence[str], failed: int, total: int) -> None:
+    """Say on the console how many lines failed, and why the first did; nothing if none did."""
+    if failed:
+        more = f"\n  and {failed - len(first)} more" if failed > len(first) else ""
+        print(f"{failed} of {total} lines failed:\n  " + "\n  ".join(first) + more, file=sys.stderr)
+
+
 def environment(*, share_devices: bool, command: Sequence[str]) -> dict[str, Any]:
     """Record what a run depends on besides its config: versions, devices, platform and commit."""
     return {
@@ -117,16 +189,23 @@ def environment(*, share_devices: bool, command: Sequence[str]) -> dict[str, Any
     }
 
 
+def portable(value: Any) -> Any:
+    """Leave out the folders of absolute paths, and of those from home or from a folder above: they are a machine's."""
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w./])(?:~|\.\.)?/(?!/)(?:[^/\s'\"=]+/)*", "", value)
+    if isinstance(value, Mapping):
+        return {name: portable(one) for name, one in value.items()}
+    return [portable(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Write one JSON object to a file.
 
     Raises:
       RunError: it cannot be written.
     """
-    try:
+    with writing(path):
         path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

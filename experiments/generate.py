@@ -26,54 +26,23 @@ import tqdm
 from absl import flags
 
 import streamserve
-from experiments import common
+from experiments import common, engines
 from streamserve import answers, audit, jsonl, metrics, report_table, workload
-from streamserve.config import Config
-from streamserve.tokenizer import Tokenizer
 from streamserve.types import Prompt, RequestOutput
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "tiny_cpu.py"
-BUNDLED_PROMPTS = pathlib.Path(streamserve.__file__).parent / "assets" / "prompts.jsonl"
 MAX_COUNTED_BYTES = 2**28  # files up to this size are counted for the progress bar; it takes a fraction of a second
-MAX_LISTED_FAILURES = 5
 
 _INPUT = flags.DEFINE_string("input", None, "JSON lines to answer; the bundled prompts by default.")
 _OUTPUT = flags.DEFINE_string("output", None, "Answers; WORKDIR/outputs.jsonl by default. Replaced if it exists.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Record of the run; workdirs/generate-TIME by default.")
 
 
-class Engine(Protocol):
+class Engine(engines.Engine, Protocol):
     """What this script needs of `streamserve.LLM`."""
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """Renders chat messages."""
-        ...
-
-    def stream(self, prompts: Iterator[Prompt], /) -> Iterator[RequestOutput]:
-        """Serve prompts as they are pulled, outputs in order of completion."""
-        ...
-
-    def stats(self) -> metrics.EngineStats:
-        """Counters."""
-        ...
 
     def pin_depth(self, depth: int | None, /, *, tier: int | None = None) -> None:
         """Decode at one depth, whatever the policy says."""
-        ...
-
-    def close(self) -> None:
-        """Finish the trace."""
-        ...
-
-
-class MakeEngine(Protocol):
-    """What this script needs of `streamserve.LLM.from_config`."""
-
-    def __call__(
-        self, config: Config, /, *, use_tqdm: bool, trace: pathlib.Path, decisions: pathlib.Path | None
-    ) -> Engine:
-        """Build the engine and compile everything."""
         ...
 
 
@@ -101,35 +70,24 @@ class Options:
         return self.workdir / "requests.jsonl"
 
 
-def run(options: Options, make_engine: MakeEngine) -> int:
+def run(options: Options, make_engine: engines.MakeEngine[Engine]) -> int:
     """Answer the input; returns the exit code."""
-    try:
-        return _run(options, make_engine)
-    except common.RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return common.EXIT_UNUSABLE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return common.EXIT_INTERRUPTED
+    return common.exit_code(lambda: _run(options, make_engine))
 
 
-def _run(options: Options, make_engine: MakeEngine) -> int:
+def _run(options: Options, make_engine: engines.MakeEngine[Engine]) -> int:
     config, defaults = common.split_config(options.config)
     with _checked_input(options) as lines:
-        common.write_json(options.workdir / "config.json", options.config)
-        _reader(defaults, None)  # the defaults of a wrong config should not cost a compilation
-        try:
-            engine = make_engine(
-                config,
-                use_tqdm=True,
-                trace=options.workdir / "trace.json",
-                decisions=None if config.speculation.policy == "fixed" else options.workdir / "decisions.jsonl",
-            )
-        except (ValueError, OSError) as error:
-            raise common.RunError(str(error)) from None
-        environment = common.environment(share_devices=config.topology.share_devices, command=options.command)
-        common.write_json(options.workdir / "env.json", environment)
-        reader = _reader(defaults, engine.tokenizer)
+        engines.line_reader(defaults, None)  # the defaults of a wrong config should not cost a compilation
+        engine = engines.start_engine(
+            make_engine,
+            config,
+            values=options.config,
+            workdir=options.workdir,
+            command=options.command,
+            logs_routes=False,
+        )
+        reader = engines.line_reader(defaults, engine.tokenizer)
         style = answers.AnswerFormat(
             model_name=config.model.model,
             num_spec_tokens=max(config.speculation.depths),
@@ -138,7 +96,7 @@ def _run(options: Options, make_engine: MakeEngine) -> int:
         )
         with _Recorder(options, style, audits=config.speculation.audit) as recorder:
             start_s = time.monotonic()
-            interrupted = _serve(engine, reader.read(_readable(lines, options.input)), recorder)
+            interrupted = _serve(engine, reader.read(common.readable(lines, options.input)), recorder)
             duration_s = time.monotonic() - start_s
         engine.close()
     results = metrics.summarise(recorder.tally, duration_s, engine.stats())
@@ -176,10 +134,10 @@ class _Recorder:
 
     def __enter__(self) -> "_Recorder":
         """Replace the files, and show the progress bar."""
-        with _writing(self._options.requests):
+        with common.writing(self._options.requests):
             (self._options.workdir / "results.json").unlink(missing_ok=True)
             self._requests = jsonl.JsonLinesFile(self._options.requests)
-        with _writing(self._options.output):
+        with common.writing(self._options.output):
             self._answers = jsonl.OrderedWriter(jsonl.JsonLinesFile(self._options.output))
         self._bar = tqdm.tqdm(
             total=_count(self._options.input), desc="Generating", unit="req", file=sys.stderr, mininterval=0.5
@@ -191,7 +149,7 @@ class _Recorder:
         self._bar.close()
         self._requests.close()
         ignored = contextlib.nullcontext() if kind is None else contextlib.suppress(common.RunError)
-        with ignored, _writing(self._options.output):
+        with ignored, common.writing(self._options.output):
             self._answers.close()
 
     def prompts(self, entries: Iterator[workload.WorkItem | workload.BadLine]) -> Iterator[Prompt]:
@@ -219,11 +177,11 @@ class _Recorder:
             self.audited.append((self._prompts.pop(output.request_id), output))
 
     def _write(self, origin: workload.Origin, answer: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
-        if numbers["error"] is not None and len(self.failures) < MAX_LISTED_FAILURES:
+        if numbers["error"] is not None and len(self.failures) < common.MAX_LISTED_FAILURES:
             self.failures.append(f"line {origin.line_number}: {numbers['error']}")
-        with _writing(self._options.output):
+        with common.writing(self._options.output):
             self._answers.put(origin.index, answer)
-        with _writing(self._options.requests):
+        with common.writing(self._options.requests):
             self._requests.write({"id": origin.id, "line": origin.line_number, **numbers})
         self._bar.update()
         elapsed_s = self._bar.format_dict["elapsed"]
@@ -236,37 +194,19 @@ def _report(options: Options, recorder: _Recorder, results: dict[str, Any], *, i
     print(report_table.format_table(results))
     print(f"Answers: {options.output}\nRecord:  {options.workdir}")
     failed = recorder.tally.failed
-    if failed:
-        more = f"\n  and {failed - len(recorder.failures)} more" if failed > len(recorder.failures) else ""
-        total = failed + recorder.tally.completed
-        print(f"{failed} of {total} lines failed:\n  " + "\n  ".join(recorder.failures) + more, file=sys.stderr)
+    common.tell_failures(recorder.failures, failed, failed + recorder.tally.completed)
     if interrupted:
         print("interrupted: the output holds what was finished", file=sys.stderr)
         return common.EXIT_INTERRUPTED
     return common.EXIT_SOME_FAILED if failed else common.EXIT_OK
 
 
-def _reader(defaults: Mapping[str, Any], tokenizer: Tokenizer | None) -> workload.LineReader:
-    render_chat = None if tokenizer is None else tokenizer.apply_chat_template
-    try:
-        return workload.LineReader(defaults=defaults, render_chat=render_chat)
-    except ValueError as error:
-        raise common.RunError(f"config field 'sampling': {error}") from None
-
-
 def _checked_input(options: Options) -> BinaryIO:
     """Check all paths before anything costly, make the workdir, and open the input."""
-    written = (options.output, *(options.workdir / name for name in ("requests.jsonl", "results.json", "trace.json")))
+    written = (options.output, *(options.workdir / name for name in common.RECORD_FILES))
     if len({path.resolve() for path in written}) < len(written):
         raise common.RunError(f"the output {str(options.output)!r} is a file that the workdir's record needs")
-    if options.input.resolve() in {path.resolve() for path in written} or _same(options.input, options.output):
-        raise common.RunError(
-            f"the input {str(options.input)!r} would be overwritten; choose another output or workdir"
-        )
-    try:
-        lines = options.input.open("rb")
-    except OSError as error:
-        raise common.RunError(f"cannot read the input {str(options.input)!r}: {error.strerror or error}") from None
+    lines = common.open_input(options.input, written)
     try:
         _check_output(options)
     except common.RunError:
@@ -277,7 +217,7 @@ def _checked_input(options: Options) -> BinaryIO:
 
 def _check_output(options: Options) -> None:
     """Make the workdir, and see whether the output can be written."""
-    with _writing(options.workdir):
+    with common.writing(options.workdir):
         options.workdir.mkdir(parents=True, exist_ok=True)
     folder = options.output.parent
     if not folder.is_dir() or options.output.is_dir():
@@ -285,25 +225,6 @@ def _check_output(options: Options) -> None:
         raise common.RunError(f"cannot write {str(options.output)!r}: {reason}")
     if not os.access(options.output if options.output.exists() else folder, os.W_OK):
         raise common.RunError(f"cannot write {str(options.output)!r}: permission denied")
-
-
-def _same(first: pathlib.Path, second: pathlib.Path) -> bool:
-    return first.exists() and second.exists() and first.samefile(second)
-
-
-def _readable(lines: BinaryIO, path: pathlib.Path) -> Iterator[bytes]:
-    try:
-        yield from lines
-    except OSError as error:
-        raise common.RunError(f"cannot read the input {str(path)!r}: {error.strerror or error}") from None
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise common.RunError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
 
 def _count(path: pathlib.Path) -> int | None:
@@ -320,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
     workdir = pathlib.Path(_WORKDIR.value or time.strftime("workdirs/generate-%Y%m%d-%H%M%S"))
     options = Options(
         config=flags.FLAGS.config.to_dict(),
-        input=pathlib.Path(_INPUT.value or BUNDLED_PROMPTS),
+        input=pathlib.Path(_INPUT.value or common.BUNDLED_PROMPTS),
         output=pathlib.Path(_OUTPUT.value) if _OUTPUT.value else workdir / "outputs.jsonl",
         workdir=workdir,
         command=tuple(sys.argv),

@@ -11,9 +11,9 @@ from streamserve.report_table import format_table
 from tests import fakes
 
 STATS = EngineStats(
-    prefill_calls=4, ticks=9, kv_transfers=2, kv_transfer_pages=7, kv_transfer_bytes=20, preemptions=13,
-    prefix_queried_tokens=16, prefix_hit_tokens=15, refused=5, cancelled=6, timed_out=8, failed=11, programs=12,
-    compilations_after_warmup=0, warmup_s=3.0,
+    prefill_calls=4, ticks=9, kv_transfers=2, kv_transfer_pages=7, kv_transfer_bytes=20, local_prefills=14,
+    preemptions=13, prefix_queried_tokens=16, prefix_hit_tokens=15, refused=5, cancelled=6, timed_out=8, failed=11,
+    programs=12, compilations_after_warmup=0, warmup_s=3.0,
 )  # fmt: skip
 OUTPUTS = [
     # arrival, first token, end: TTFT 100 ms, e2e 300 ms, TPOT 100 ms; (3 + 3) / 0.3 = 20 tokens/s
