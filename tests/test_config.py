@@ -34,9 +34,9 @@ def _leaves(values: dict, path: str = ""):
             yield f"{path}{name}"
 
 
-@pytest.mark.parametrize("get_config", [tiny_cpu.get_config, plain_cpu.get_config, adaptive_cpu.get_config, serve_trace.get_config])
-def test_a_config_file_names_every_field_so_that_each_can_be_overridden(get_config):
-    values = get_config()
+@pytest.mark.parametrize("module", [tiny_cpu, plain_cpu, adaptive_cpu, serve_trace], ids=lambda module: module.__name__)
+def test_a_config_file_names_every_field_so_that_each_can_be_overridden(module):
+    values = module.get_config()
     assert isinstance(values, ConfigDict)
     config, sampling = common.split_config(values.to_dict())
     named = set(_leaves(values.to_dict()))
