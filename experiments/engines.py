@@ -8,7 +8,7 @@ from experiments import common
 from streamserve import metrics, workload
 from streamserve.config import Config
 from streamserve.tokenizer import Tokenizer
-from streamserve.types import Prompt, RequestOutput
+from streamserve.types import LaneStats, Prompt, RequestOutput
 
 
 class Engine(Protocol):
@@ -25,6 +25,10 @@ class Engine(Protocol):
 
     def stats(self) -> metrics.EngineStats:
         """Counters."""
+        ...
+
+    def lane_stats(self) -> Sequence[LaneStats]:
+        """Snapshots of the stream pairs."""
         ...
 
     def close(self) -> None:
@@ -67,13 +71,17 @@ def start_engine(
       make_engine: builds it.
       config: of the engine.
       values: the whole configuration, for config.json.
-      workdir: exists; decisions.jsonl is written there if a policy chooses depths.
+      workdir: exists; the record of an earlier run there is removed. decisions.jsonl is written if a policy chooses
+        depths.
       command: the command line.
       logs_routes: write routes.jsonl.
 
     Raises:
       RunError: the model or the config cannot be served, or the workdir cannot be written.
     """
+    with common.writing(workdir):
+        for name in common.RECORD_FILES:
+            (workdir / name).unlink(missing_ok=True)
     common.write_json(workdir / "config.json", values)
     try:
         engine = make_engine(

@@ -26,7 +26,7 @@ import tqdm
 from absl import flags
 
 import streamserve
-from experiments import common, engines
+from experiments import common, engines, live
 from streamserve import answers, audit, jsonl, metrics, report_table, workload
 from streamserve.types import Prompt, RequestOutput
 
@@ -35,6 +35,7 @@ MAX_COUNTED_BYTES = 2**28  # files up to this size are counted for the progress 
 
 _INPUT = flags.DEFINE_string("input", None, "JSON lines to answer; the bundled prompts by default.")
 _OUTPUT = flags.DEFINE_string("output", None, "Answers; WORKDIR/outputs.jsonl by default. Replaced if it exists.")
+_LIVE = flags.DEFINE_bool("live", False, "Show the stream pairs in the terminal, instead of a progress bar.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Record of the run; workdirs/generate-TIME by default.")
 
 
@@ -55,6 +56,7 @@ class Options:
       input: file of prompts.
       output: file of answers.
       workdir: folder for the record of the run.
+      live: show the stream pairs in the terminal.
       command: the command line as it was given.
     """
 
@@ -62,6 +64,7 @@ class Options:
     input: pathlib.Path
     output: pathlib.Path
     workdir: pathlib.Path
+    live: bool = False
     command: tuple[str, ...]
 
     @property
@@ -85,7 +88,7 @@ def _run(options: Options, make_engine: engines.MakeEngine[Engine]) -> int:
             values=options.config,
             workdir=options.workdir,
             command=options.command,
-            logs_routes=False,
+            logs_routes=config.topology.num_pairs > 1,
         )
         reader = engines.line_reader(defaults, engine.tokenizer)
         style = answers.AnswerFormat(
@@ -96,7 +99,8 @@ def _run(options: Options, make_engine: engines.MakeEngine[Engine]) -> int:
         )
         with _Recorder(options, style, audits=config.speculation.audit) as recorder:
             start_s = time.monotonic()
-            interrupted = _serve(engine, reader.read(common.readable(lines, options.input)), recorder)
+            entries = reader.read(common.readable(lines, options.input))
+            interrupted = _serve(engine, entries, recorder, shows=options.live)
             duration_s = time.monotonic() - start_s
         engine.close()
     results = metrics.summarise(recorder.tally, duration_s, engine.stats())
@@ -110,10 +114,12 @@ def _run(options: Options, make_engine: engines.MakeEngine[Engine]) -> int:
     return _report(options, recorder, results, interrupted=interrupted)
 
 
-def _serve(engine: Engine, entries: Iterator[workload.WorkItem | workload.BadLine], recorder: "_Recorder") -> bool:
-    """Run everything; returns whether Ctrl-C came."""
+def _serve(
+    engine: Engine, entries: Iterator[workload.WorkItem | workload.BadLine], recorder: "_Recorder", *, shows: bool
+) -> bool:
+    """Run everything, with a live view if it `shows`; returns whether Ctrl-C came."""
     try:
-        for output in engine.stream(recorder.prompts(entries)):
+        for output in live.watched(engine.stream(recorder.prompts(entries)), engine.lane_stats, live=shows):
             recorder.take(output)
     except KeyboardInterrupt:
         return True
@@ -140,7 +146,12 @@ class _Recorder:
         with common.writing(self._options.output):
             self._answers = jsonl.OrderedWriter(jsonl.JsonLinesFile(self._options.output))
         self._bar = tqdm.tqdm(
-            total=_count(self._options.input), desc="Generating", unit="req", file=sys.stderr, mininterval=0.5
+            total=_count(self._options.input),
+            desc="Generating",
+            unit="req",
+            file=sys.stderr,
+            mininterval=0.5,
+            disable=self._options.live,
         )
         return self
 
@@ -184,7 +195,7 @@ class _Recorder:
         with common.writing(self._options.requests):
             self._requests.write({"id": origin.id, "line": origin.line_number, **numbers})
         self._bar.update()
-        elapsed_s = self._bar.format_dict["elapsed"]
+        elapsed_s = 0.0 if self._bar.disable else self._bar.format_dict["elapsed"]
         if elapsed_s > 0:
             self._bar.set_postfix_str(f"{self.tally.output_tokens / elapsed_s:.0f} tok/s", refresh=False)
 
@@ -244,6 +255,7 @@ def main(argv: Sequence[str]) -> int:
         input=pathlib.Path(_INPUT.value or common.BUNDLED_PROMPTS),
         output=pathlib.Path(_OUTPUT.value) if _OUTPUT.value else workdir / "outputs.jsonl",
         workdir=workdir,
+        live=_LIVE.value,
         command=tuple(sys.argv),
     )
     return run(options, streamserve.LLM.from_config)

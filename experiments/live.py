@@ -5,7 +5,7 @@ that the loop does not wait for it. Where standard error is no terminal it count
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Self
 
 from rich.console import Console, Group
@@ -103,6 +103,30 @@ class LiveView:
             if self._levels is not None:
                 parts.append(f"goodput {self._good / elapsed_s:.2f} requests/s")
         return ", ".join([*parts, f"{elapsed_s:.0f} s"])
+
+
+def watched(
+    outputs: Iterable[RequestOutput],
+    stats: Callable[[], Sequence[LaneStats]],
+    *,
+    live: bool,
+    levels: ServiceLevels | None = None,
+) -> Iterator[RequestOutput]:
+    """Pass outputs on, and draw the lanes meanwhile.
+
+    Args:
+      outputs: as they finish.
+      stats: takes a snapshot of every lane.
+      live: draw; else nothing but pass on.
+      levels: what a request is to be answered within.
+    """
+    if not live:
+        yield from outputs
+        return
+    with LiveView(stats, levels=levels) as view:
+        for output in outputs:
+            view.update(output)
+            yield output
 
 
 def _cells(lane: LaneStats, share: float) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("seed", 0, "Of arrivals and of made-up prompts.", lower_bound=0, flag_values=values)
     flags.DEFINE_string("goodput", None, "Service levels, ms: ttft:1000,tpot:100,e2el:5000.", flag_values=values)
     flags.DEFINE_bool("check_offline", False, "Generate the same offline, and compare.", flag_values=values)
+    flags.DEFINE_bool("live", False, "Show the stream pairs in the terminal.", flag_values=values)
     flags.DEFINE_string("workdir", None, "workdirs/serve_trace-TIME by default.", flag_values=values)
 
 
@@ -54,6 +55,7 @@ class Options:
       seed: of arrivals and of prompts that are made up.
       levels: what requests are judged by; None for the objective of the config.
       check_offline: compare with offline generation.
+      live: show the stream pairs in the terminal.
       workdir: folder for the record of the run.
       command: the command line as it was given.
     """
@@ -67,6 +69,7 @@ class Options:
     seed: int = 0
     levels: ServiceLevels | None = None
     check_offline: bool = False
+    live: bool = False
     workdir: pathlib.Path
     command: tuple[str, ...] = ()
 
@@ -103,6 +106,7 @@ def read_options(values: flags.FlagValues, command: Sequence[str]) -> Options:
         seed=values.seed,
         levels=levels,
         check_offline=values.check_offline,
+        live=values.live,
         workdir=pathlib.Path(values.workdir or time.strftime("workdirs/serve_trace-%Y%m%d-%H%M%S")),
         command=tuple(command),
     )

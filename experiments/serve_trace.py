@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, Protocol
 from absl import flags
 
 import streamserve
-from experiments import common, engines, offered_load, serve_options, serve_record, traces
+from experiments import common, engines, live, offered_load, serve_options, serve_record, traces
 from experiments.offered_load import OfferedLoad
 from experiments.serve_options import Options
 from experiments.serve_record import Recorder
@@ -76,7 +76,7 @@ def _run(options: Options, make_engine: engines.MakeEngine[Engine], clock: Calla
         )
         load = _load(options, lines, rows, config, defaults, engine)
     with Recorder(options.workdir, load, levels, clock, keeps_tokens=options.check_offline) as recorder:
-        interrupted = _serve(engine, recorder)
+        interrupted = _serve(engine, recorder, levels if options.live else None)
     engine.close()
     results = recorder.results(engine.stats(), config)
     results |= {"interrupted": True} if interrupted else {}
@@ -137,10 +137,11 @@ def _load(
     return offered_load.from_lines(list(itertools.islice(entries, options.num_prompts)), options.pacing, options.seed)
 
 
-def _serve(engine: Engine, recorder: Recorder) -> bool:
-    """Run everything; returns whether Ctrl-C came."""
+def _serve(engine: Engine, recorder: Recorder, shown: ServiceLevels | None) -> bool:
+    """Run everything, with a live view of what meets the levels `shown`; returns whether Ctrl-C came."""
+    outputs = engine.serve(recorder.arrivals())
     try:
-        for output in engine.serve(recorder.arrivals()):
+        for output in live.watched(outputs, engine.lane_stats, live=shown is not None, levels=shown):
             recorder.take(output)
     except KeyboardInterrupt:
         return True

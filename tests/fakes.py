@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from streamserve.metrics import EngineStats
 from streamserve.tokenizer import Tokenizer
-from streamserve.types import CompletionOutput, Prompt, RequestMetrics, RequestOutput
+from streamserve.types import CompletionOutput, LaneStats, Prompt, RequestMetrics, RequestOutput
 
 CORPUS = ("hello world, the end. STOP here", "привет мир", "你好世界", "smile 😀😀 and 👍🏽", "naïve café") * 4
 CHAT_TEMPLATE = (
@@ -127,6 +127,9 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return EngineStats(ticks=4, kv_transfers=len(self.seen), kv_transfer_bytes=10 * len(self.seen), warmup_s=1.5)
+
+    def lane_stats(self) -> tuple[LaneStats, ...]:
+        return (LaneStats(lane=0, num_slots=4, free_slots=3, num_pages=8, free_pages=5),)
 
     def pin_depth(self, depth: int | None, *, tier: int | None = None) -> None:
         self.pinned.append((depth, tier))

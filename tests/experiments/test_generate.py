@@ -62,6 +62,37 @@ def test_every_line_is_answered_once_and_in_order(start, capsys):
     assert "5/5" in shown.err
 
 
+def test_the_record_of_an_earlier_run_is_removed(start, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in ("decisions.jsonl", "routes.jsonl", "trace.json", "notes.txt"):
+        (work / name).write_text("of an earlier run")
+    code, _ = start(GOOD)
+    assert code == 0
+    assert {path.name for path in work.iterdir()} == {
+        *("config.json", "env.json", "requests.jsonl", "results.json", "notes.txt")
+    }
+
+
+@pytest.mark.parametrize(("pairs", "names"), [(1, set()), (2, {"routes"})])
+def test_routes_are_logged_where_there_is_a_choice(start, pairs, names):
+    given = {}
+
+    def make(config, **paths):
+        given.update(paths)
+        return fakes.FakeEngine()
+
+    assert start(GOOD, config=CONFIG | {"topology": {"num_pairs": pairs}}, make_engine=make)[0] == 0
+    assert {name for name in ("decisions", "routes") if given[name] is not None} == names
+
+
+def test_the_live_view_takes_the_place_of_the_bar_and_changes_no_answer(start, capsys):
+    code, options = start(GOOD, live=True)
+    assert code == 0
+    assert [line["id"] for line in read_lines(options.output)] == ["r0", "r1", "r2", "r3", "r4"]
+    assert "tok/s" not in capsys.readouterr().err
+
+
 def test_the_workdir_records_the_run(start):
     _, options = start(GOOD)
     assert json.loads((options.workdir / "config.json").read_text()) == CONFIG

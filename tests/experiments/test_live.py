@@ -6,7 +6,7 @@ import re
 from absl.testing import parameterized
 from rich.console import Console
 
-from experiments.live import REFRESH_S, LiveView
+from experiments.live import REFRESH_S, LiveView, watched
 from streamserve.metrics import ServiceLevels
 from streamserve.types import LanePace, LaneStats
 from tests import fakes
@@ -132,3 +132,13 @@ class LiveViewTest(parameterized.TestCase):
         with view:
             self.now_s += 2.0
             self.assertEndsWith(self.shown(view)[-1], ", 2 s")
+
+
+class WatchedTest(parameterized.TestCase):
+    @parameterized.parameters(False, True)
+    def test_every_output_is_passed_on_and_nobody_is_asked_without_a_view(self, live):
+        asked = []
+        outputs = [fakes.make_output(str(index)) for index in range(3)]
+        passed = list(watched(iter(outputs), lambda: asked.append(1) or LANES, live=live))
+        self.assertEqual(passed, outputs)
+        self.assertEqual(bool(asked), False)  # standard error is no terminal here
