@@ -134,7 +134,7 @@ def _set_axis(axes: Any, name: str, axis: Axis) -> None:
 def _embeddable(svg: str, prefix: str) -> str:
     """Make a file a part of a page: no header, no size, no foreign names, no needless digits, colours of the page."""
     body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
     view = re.search(r'viewBox="[^"]+"', body)
     assert view is not None, "matplotlib writes one"
     body = re.sub(r"<svg[^>]*>", f"<svg {view[0]}>", body, count=1)

@@ -54,13 +54,14 @@ class SimulatedPair:
         """
         self.index, self.sizes, self.colocated = index, sizes, colocated
         self._costs, self._rounds, self._clock = costs, rounds, clock
-        self._luck = np.random.default_rng([seed, index])
+        self._row_tokens, self._luck = sizes.columns * sizes.page_size, np.random.default_rng([seed, index])
         self.decode_mesh, self.link = InOrder(clock), InOrder(clock)
         self.prefill_mesh = self.decode_mesh if colocated else InOrder(clock)
         decode_pages = sizes.decode_pages + (sizes.prefill_pages - 1 if colocated else 0)
         self.decode_store = self._store(decode_pages, reuse=reuse_prefixes and colocated)
-        prefill_store = None if colocated else self._store(sizes.prefill_pages, reuse=reuse_prefixes)
-        self.prefill_store = prefill_store or self.decode_store
+        self.prefill_store = self.decode_store
+        if not colocated:
+            self.prefill_store = self._store(sizes.prefill_pages, reuse=reuse_prefixes)
         self._begin_empty()
 
     def _store(self, num_pages: int, *, reuse: bool) -> PageStore:
@@ -129,9 +130,8 @@ class SimulatedPair:
     def _begin(
         self, job: Job, store: PageStore, prompts: Prompts, *, ahead: int, local: bool
     ) -> SimulatedTask | Deferred:
-        row = self.sizes.columns * self.sizes.page_size
-        if len(job.tokens) > row:
-            raise ValueError(f"{len(job.tokens)} tokens do not fit into a row of {row}")
+        if len(job.tokens) > self._row_tokens:
+            raise ValueError(f"{len(job.tokens)} tokens do not fit into a row of {self._row_tokens}")
         holding = store.begin(job.tokens, Owner(Stage.PREFILL, job.request.request_id), ahead=ahead)
         if isinstance(holding, Deferred):
             return holding
@@ -284,8 +284,7 @@ class SimulatedPair:
 
     def _ahead(self, job: Job) -> int:
         """Tokens beyond its own that a request has pages for when it comes into a slot, as `StreamPair` has it."""
-        row = self.sizes.columns * self.sizes.page_size
-        longest = min(len(job.request.prompt_token_ids) + job.request.params.max_tokens, row)
+        longest = min(len(job.request.prompt_token_ids) + job.request.params.max_tokens, self._row_tokens)
         return max(0, min(2 + 2 * self.tokens_per_tick(self.sizes.tiers[-1]), longest - len(job.tokens)))
 
     def _reserve(self, job: Job) -> Holding | Deferred:

@@ -166,7 +166,8 @@ def _made(kind: str, name: str, factory: Callable[..., Any], *arguments: Any) ->
       ValueError: it takes other arguments, or makes something else.
     """
     try:
-        inspect.signature(factory).bind(*arguments)
+        with contextlib.suppress(ValueError):  # some builtins tell no signature
+            inspect.signature(factory).bind(*arguments)
     except TypeError as error:
         raise ValueError(f"{kind} {name!r} cannot be called with {len(arguments)} argument(s): {error}") from error
     policy = factory(*arguments)

@@ -96,6 +96,7 @@ class PageTest(parameterized.TestCase):
         self.assertNoCommonElements(
             {tag for tag, _ in page.tags}, {"script", "link", "img", "iframe", "object", "image"}
         )
+        self.assertLen([tag for tag, _ in page.tags if tag == "style"], 1)
         self.assertEmpty(page.values("src", "onload", "onclick", "xlink:href", "srcset"))
         self.assertTrue(all(link.startswith("#") for link in page.values("href")))
         self.assertNoCommonElements(
