@@ -11,7 +11,8 @@ import numpy as np
 
 from experiments.depth_verdicts import Interval
 from experiments.paper_arms import BASE_ROUTER, PLAIN, Arm
-from experiments.paper_verdicts import ALL, METRICS, Cell, Comparison, Row, Study, compare, drafts
+from experiments.paper_rows import ALL, METRICS, Cell, Row, Study, drafts
+from experiments.paper_verdicts import Comparison, compare
 
 ABSTRACT, READER, DOUBTFUL = "its abstract", "a reader of the full text", "a reader, less reliable"
 HOLDS, FAILS, UNSURE = "holds here", "does not hold here", "cannot be told here"
@@ -57,10 +58,11 @@ class Board(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What the rows say of a claim, and whether it holds."""
+    """What the rows say of a claim, whether it holds, and how many runs on a workload say so."""
 
     here: str
     verdict: str
+    runs: int = 0
 
 
 class Claim(NamedTuple):
@@ -115,7 +117,8 @@ def _reaches(bounds: Mapping[str, float], groups: Callable[[Board], Sequence[str
             for name in bounds
         ]
         speeds = [one.speeds[name] for one in found for name in bounds]
-        return Finding("; ".join(told), judge(speeds, [*bounds.values()] * len(found)))
+        runs = min(one.cell.num_runs for one in found)
+        return Finding("; ".join(told), judge(speeds, [*bounds.values()] * len(found)), runs)
 
     return find
 

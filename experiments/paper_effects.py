@@ -14,7 +14,8 @@ import numpy as np
 
 from experiments.depth_verdicts import Interval
 from experiments.paper_arms import BASE_ROUTER, PLAIN, Arm
-from experiments.paper_verdicts import METRICS, Cell, Comparison, Study, compare, drafts, interval, log_speed, refusal
+from experiments.paper_rows import METRICS, Cell, Study, drafts, interval, log_speed
+from experiments.paper_verdicts import Comparison, compare, refusal
 
 FACTOR_NAMES = ("routing", "disaggregation", "speculation")  # axes of a cube
 SUBSETS = tuple(names for size in (1, 2, 3) for names in itertools.combinations(FACTOR_NAMES, size))

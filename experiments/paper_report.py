@@ -21,18 +21,8 @@ from experiments.depth_verdicts import LEVEL
 from experiments.paper_arms import BASE_ROUTER, PLAIN, Arm
 from experiments.paper_claims import Board
 from experiments.paper_effects import Effects, cube, effects, simple_effects
-from experiments.paper_verdicts import (
-    METRICS,
-    RESAMPLES,
-    Cell,
-    Comparison,
-    Study,
-    arm_of,
-    cells,
-    compare,
-    drafts,
-    read_study,
-)
+from experiments.paper_rows import ALL, METRICS, RESAMPLES, Cell, Study, arm_of, cells, drafts, read_study
+from experiments.paper_verdicts import MIN_RUNS, Comparison, compare
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -68,7 +58,7 @@ def report(study: Study) -> tuple[str, list[str]]:
         *(["## What a draft model costs plain decoding", _DRAFT, *_by_mode(draft)] if draft else []),
         "## Every arm",
         _ARMS,
-        *(part for cell in all_cells for part in _arms(study, cell)),
+        *(part for cell in all_cells if cell.group != ALL for part in _arms(study, cell)),
         *_closing(study, refused),
     ]
     return "\n\n".join(text) + "\n", refused
@@ -94,7 +84,8 @@ _METRICS = (
 )
 _EFFECTS = (
     "A main effect is how many times better a factor makes the metric, on the geometric mean over the settings of the "
-    "other two. An interaction (x) is how many times larger one effect is where the other factor is on. One means none."
+    "other two. An interaction (x) is how many times larger one effect is where the other factor is on. One means "
+    f"none. `{ALL}` is the geometric mean over workloads."
 )
 _DRAFT = (
     "Plain decoding in an engine that has a draft model pays for the draft's reading of every prompt. The factor "
@@ -168,7 +159,12 @@ def _by_mode(comparisons: Sequence[Comparison]) -> Iterator[str]:
 
 def _factors(found: dict[tuple[str, str], Effects], simple: Sequence[Comparison]) -> Iterator[str]:
     yield _EFFECTS
-    yield "Where each factor loses:"
+    runs = min(one.cell.num_runs for one in found.values())
+    yield (
+        f"Where each factor loses. There are {runs} runs of an arm on a workload in a mode. If they differed by luck "
+        f"alone, all would lie on one side of one in {2.0 ** (1 - runs):.0%} of the cases, and an interval is hardly "
+        f"wider than they are; with fewer than {MIN_RUNS} nothing is called a gain or a loss."
+    )
     yield paper_tables.losses(found, simple)
     for mode in dict.fromkeys(mode for mode, _ in found):
         own = [one for (its, _), one in found.items() if its == mode]

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from experiments.depth_verdicts import Interval
 from experiments.paper_arms import Arm
 from experiments.paper_claims import CLAIMS, SETTING, Board, ratio_text, tpots_s
 from experiments.paper_effects import FACTOR_NAMES, SUBSETS, Effects
-from experiments.paper_verdicts import METRICS, Cell, Comparison, Row, Study, interval
+from experiments.paper_rows import METRICS, Cell, Row, Study, interval
+from experiments.paper_verdicts import MIN_RUNS, Comparison
 
 REFUSED = "refused"
 
@@ -73,8 +75,11 @@ def fleets_table(study: Study) -> str:
 def claims_table(board: Board) -> str:
     """The paper's claims, as reported, beside what the rows say."""
     found = [(claim, claim.find(board)) for claim in CLAIMS]
-    lines = [[one.about, one.reported, one.source, finding.here, finding.verdict] for one, finding in found]
-    return markdown(["claim", "as reported, not verified", "by", "here", "verdict"], lines)
+    lines = [
+        [one.about, one.reported, one.source, finding.here, finding.verdict, str(finding.runs or "-")]
+        for one, finding in found
+    ]
+    return markdown(["claim", "as reported, not verified", "by", "here", "verdict", "runs"], lines)
 
 
 def speeds_table(comparisons: Sequence[Comparison]) -> str:
@@ -161,17 +166,22 @@ def losses(found: Mapping[tuple[str, str], Effects], comparisons: Sequence[Compa
         if not main or not simple:
             paragraphs.append(f"- **{factor}**: {REFUSED}.")
             continue
-        worse = [entry for entry in main if entry[2].high < 1]
-        better = [entry for entry in main if entry[2].low > 1]
-        told = "; ".join(f"{cell.group}, {cell.mode}, {METRICS[n].title} {ratio_text(s)}" for cell, n, s in worse)
-        lost = sum(speed.high < 1 for _, speed in simple)
+        enough = [entry for entry in main if entry[0].num_runs >= MIN_RUNS]
+        better, worse = (sum(speed.low > 1 for _, _, speed in enough), [one for one in enough if one[2].high < 1])
+        doubtful = [entry for entry in main if entry not in enough and entry[2].high < 1]
+        lost = sum(speed.high < 1 for one, speed in simple if one.cell.num_runs >= MIN_RUNS)
         paragraphs.append(
-            f"- **{factor}**: main effects (workload x mode x metric): {len(better)} gains, {len(worse)} losses, "
-            f"{len(main) - len(better) - len(worse)} that cannot be told from none. With the other factors held: "
-            f"{lost} losses in {len(simple)} comparisons. "
-            + (f"Main effects that are losses: {told}." if told else "No main effect is a loss.")
+            f"- **{factor}**: main effects (workload x mode x metric): {better} gains, {len(worse)} losses, "
+            f"{len(main) - better - len(worse)} that cannot be told from none, {len(main) - len(enough)} of them for "
+            f"want of runs. With the other factors held: {lost} losses in {len(simple)} comparisons. Losses: "
+            f"{_listed(worse)}. Below one, but of too few runs: {_listed(doubtful)}."
         )
     return "\n".join(paragraphs)
+
+
+def _listed(entries: Sequence[tuple[Cell, str, Interval]]) -> str:
+    told = (f"{cell.group}, {cell.mode}, {METRICS[name].title} {ratio_text(speed)}" for cell, name, speed in entries)
+    return "; ".join(told) or "none"
 
 
 def refusals(comparisons: Sequence[Comparison], found: Mapping[Any, Effects]) -> list[str]:

@@ -32,7 +32,7 @@ from typing import Any
 from absl import flags
 
 import streamserve
-from experiments import arrivals, common, paper_arms, paper_options, paper_report, paper_verdicts
+from experiments import arrivals, common, paper_arms, paper_options, paper_report, paper_rows
 from experiments.compare_depth import order, read_workload
 from experiments.paper_arms import Arm, Engine, Fleet
 from experiments.paper_options import Options
@@ -177,7 +177,7 @@ def _header(
     kept = ("repeats", "seed", "routers", "policies", "modes", "rate", "concurrency", "max_different")
     return {
         "kind": "header",
-        "study": paper_verdicts.STUDY,
+        "study": paper_rows.STUDY,
         **{name: values[name] for name in kept},
         "workloads": {
             name: {
@@ -210,7 +210,7 @@ def _run(options: Options, make_engine: Callable[[Config], Engine], clock: Calla
     if not options.output.parent.is_dir():
         raise common.RunError(f"cannot write {str(options.output)!r}: there is no such folder")
     measure(options, make_engine, clock)
-    text, refused = paper_report.report(paper_verdicts.read_study(options.output))
+    text, refused = paper_report.report(paper_rows.read_study(options.output))
     print(text)
     return paper_report.tell(refused)
 

@@ -11,9 +11,9 @@ from unittest import mock
 
 from absl.testing import parameterized
 
-from experiments import paper_verdicts
+from experiments import paper_rows
 from experiments.paper_arms import PLAIN, Arm
-from experiments.paper_verdicts import ALL, Study
+from experiments.paper_rows import ALL, Study
 
 FLEETS = {
     "pd": {"topology": "disaggregated", "num_pairs": 2, "prefill_devices": 1, "decode_devices": 1, "drafts": True},
@@ -46,7 +46,7 @@ class PaperCase(parameterized.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = pathlib.Path(folder.name)
         self.rows_path = self.folder / "rows.jsonl"
-        self.enter_context(mock.patch.object(paper_verdicts, "RESAMPLES", 100))
+        self.enter_context(mock.patch.object(paper_rows, "RESAMPLES", 100))
 
     @contextlib.contextmanager
     def printing(self):
@@ -85,7 +85,7 @@ def made_up(speed=speed_of, *, workloads=("alpaca", "sum"), repeats=2, prompts=4
 
 HEADER = {
     "kind": "header",
-    "study": paper_verdicts.STUDY,
+    "study": paper_rows.STUDY,
     "seed": 0,
     "routers": ["flowguard"],
     "policies": ["specustream"],
@@ -159,13 +159,13 @@ def made_up_run(arm, repeat, workload, mode, speed, prompts):
 
 def cell_of(study, mode="offline", group=ALL):
     """Find the runs of a mode on a workload."""
-    return next(cell for cell in paper_verdicts.cells(study) if (cell.mode, cell.group) == (mode, group))
+    return next(cell for cell in paper_rows.cells(study) if (cell.mode, cell.group) == (mode, group))
 
 
 def alter(study, arm, **values):
     """Change what the first run of an arm says, in a copy."""
     study = copy.deepcopy(study)
-    run = next(run for run in study.runs if paper_verdicts.arm_of(run) == arm)
+    run = next(run for run in study.runs if paper_rows.arm_of(run) == arm)
     run.update({name: value(run[name]) if callable(value) else value for name, value in values.items()})
     return study
 

@@ -6,9 +6,9 @@ import math
 import numpy as np
 from absl.testing import parameterized
 
-from experiments import common, paper_claims, paper_effects, paper_report, paper_verdicts
+from experiments import common, paper_claims, paper_effects, paper_report, paper_rows, paper_verdicts
 from experiments.paper_arms import PLAIN, Arm
-from experiments.paper_verdicts import METRICS
+from experiments.paper_rows import METRICS
 from tests.experiments.paper_study import (
     ARMS,
     BASE,
@@ -149,11 +149,19 @@ class ArithmeticTest(PaperCase):
         self.assertEmpty(paper_claims.tpots_s(study.runs))
         self.assertIn("nan", paper_report.report(study)[0])
 
-    def test_all_workloads_together_count_every_prompt_alike(self):
+    def test_all_workloads_together_are_their_geometric_mean_however_long_they_take(self):
         study = made_up(workloads=("a", "bb"))
-        single = [cell_of(study, group=name).values[SYSTEM][0] for name in ("a", "bb")]
-        self.assertAlmostEqual(cell_of(study).values[SYSTEM][0], np.mean(single))
-        self.assertEqual([c.group for c in paper_verdicts.cells(made_up(workloads=("a",)))], ["a", "a"])
+        for run in study.runs:
+            if run["workload"] == "bb":
+                factor = 300 if paper_rows.arm_of(run) == SYSTEM else 100
+                run["latency_s"] = [factor * one for one in run["latency_s"]]
+        edge = RefusalTest.EDGE
+        single = [paper_verdicts.compare(study, cell_of(study, group=name), *edge).speeds for name in ("a", "bb")]
+        both = paper_verdicts.compare(study, cell_of(study), *edge).speeds
+        self.assertAlmostEqual(single[0]["latency"].value, 3 * single[1]["latency"].value)
+        np.testing.assert_allclose(both["latency"], np.sqrt(np.prod([one["latency"] for one in single], axis=0)))
+        self.assertEqual(cell_of(study).num_runs, 4)
+        self.assertEqual([c.group for c in paper_rows.cells(made_up(workloads=("a",)))], ["a", "a"])
 
     def test_a_speed_up_is_above_one_where_it_is_better(self):
         comparison = paper_verdicts.compare(
@@ -218,7 +226,7 @@ class ArithmeticTest(PaperCase):
     def test_an_interval_holds_what_differs_between_runs(self):
         study = made_up(lambda arm: 1.0, workloads=("a",), repeats=2)
         for run in study.runs:
-            if paper_verdicts.arm_of(run) == SYSTEM and run["repeat"] == 1:
+            if paper_rows.arm_of(run) == SYSTEM and run["repeat"] == 1:
                 run["latency_s"] = [2 * one for one in run["latency_s"]]
         cell = cell_of(study, group="a")
         speed = paper_verdicts.compare(study, cell, "speculation", corner_arm(1, 1, 0), SYSTEM).speeds["latency"]
@@ -231,7 +239,7 @@ class ArithmeticTest(PaperCase):
         mixed = copy.deepcopy(slow)
         for study, alternates in ((slow, False), (mixed, True)):
             for run in study.runs:
-                if paper_verdicts.arm_of(run) == SYSTEM:
+                if paper_rows.arm_of(run) == SYSTEM:
                     run["latency_s"] = [
                         (2.0 if (prompt if alternates else run["repeat"]) % 2 else 1.0) * one
                         for prompt, one in enumerate(run["latency_s"])

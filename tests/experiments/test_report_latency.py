@@ -34,6 +34,12 @@ class RequestsTest(SectionTestCase):
         self.assertTrue(chart.x.log)
         self.assertIsNone(chart.x.low)
 
+    def test_what_a_failed_request_measured_is_no_latency(self):
+        rows = (RequestRow(ttft_ms=1.0), RequestRow(ttft_ms=9.0, itls_ms=(2.0,), error="timed out"))
+        section = report_latency.latency_section(Run(name="r", results={}, requests=rows))
+        self.assertEqual(list(self.charts(section)), ["Time to first token (TTFT)"])
+        self.assertIn("n = 1.", self.charts(section)["Time to first token (TTFT)"].caption)
+
     def test_the_table_holds_what_the_results_say(self):
         run = self.read()
         table = next(block for block in report_latency.latency_section(run).blocks if isinstance(block, Table))
@@ -114,6 +120,7 @@ class RequestsTest(SectionTestCase):
         again = report_data.read_runs([self.folder / "run-0"])[0]
         self.assertLen(again.requests, 11)
         self.assertEqual(report_latency.attainment(again), report_latency.attainment(run))
+        self.assertEqual(report_latency.goodput(again), report_latency.goodput(run))
         self.assertIn("of 10 requests", self.notes(report_latency.attainment_section(again))[0])
 
     def test_hand_offs_are_shown_by_bytes_and_seconds(self):

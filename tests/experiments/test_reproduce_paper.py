@@ -8,7 +8,7 @@ import numpy as np
 from absl import flags
 from absl.testing import parameterized
 
-from experiments import arrivals, common, paper_options, paper_verdicts, reproduce_paper
+from experiments import arrivals, common, paper_options, paper_rows, reproduce_paper
 from experiments.paper_arms import PLAIN, Arm
 from streamserve import mesh
 from streamserve.metrics import EngineStats
@@ -124,7 +124,7 @@ class RunTest(PaperCase):
             [tuple(run[key] for key in keys) for run in runs],
             list(itertools.product(range(4), "ab", ("offline", "open"), range(len(ARMS)))),
         )
-        self.assertEqual([paper_verdicts.arm_of(run) for run in runs], [arm for arm, _, _ in measured])
+        self.assertEqual([paper_rows.arm_of(run) for run in runs], [arm for arm, _, _ in measured])
 
     def test_all_arms_of_a_turn_get_the_same_prompts_seeds_and_arrivals(self):
         self.reproduce(seed=5, max_tokens=3, rate=2.0)
@@ -151,7 +151,7 @@ class RunTest(PaperCase):
 
     def test_a_row_says_what_an_arm_did(self):
         _, _, _, runs = self.reproduce()
-        run = next(run for run in runs if paper_verdicts.arm_of(run) == SYSTEM and run["mode"] == "offline")
+        run = next(run for run in runs if paper_rows.arm_of(run) == SYSTEM and run["mode"] == "offline")
         expected = {
             "duration_s": 10.0,
             "failed": 0,

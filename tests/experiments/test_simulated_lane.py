@@ -174,6 +174,10 @@ class TimesTest(parameterized.TestCase):
         self.assertAlmostEqual(row["p50_ttft_ms"], 1e3 * (0.010 + 4 * 0.001 + 0.003 + 4 * 5 / 1000 + 0.002))
         self.assertIsNone(row["p50_tpot_ms"], "one token has no time after it")
 
+    def test_a_call_costs_what_its_program_has_room_for(self):
+        row = simulation().run("round_robin", [ask(prompt=8, output=3)], duration_s=1.0, seed=0)
+        self.assertAlmostEqual(row["p50_ttft_ms"], 1e3 * (CALL_12_S + 0.003 + 8 * 5 / 1000 + TICK_S))
+
     def test_a_long_prompt_takes_several_calls(self):
         row = simulation().run("round_robin", [ask(prompt=15, output=3)], duration_s=1.0, seed=0)
         way_s = 0.003 + 16 * 5 / 1000
