@@ -2,12 +2,12 @@
 
 COMMAND   python -m experiments.reproduce_paper --output=rows.jsonl \
               --workload=alpaca=FILE.jsonl --workload=gsm8k=FILE.jsonl --workload=humaneval=FILE.jsonl \
-              --workload=sum=FILE.jsonl --num_prompts=20
+              --workload=sum=FILE.jsonl --num_prompts=12 --rate=6
           python -m experiments.paper_report --input=rows.jsonl --output=RESULTS.md
-          (options: --routers=flowguard,flowguard_paper --policies=specustream,specustream_paper --repeats=4 --rate=8
+          (options: --routers=flowguard,flowguard_paper --policies=specustream,specustream_paper --repeats=8
           --modes=offline,open --fleets=colocated,disaggregated --max_tokens=64 ...)
-DURATION  on two cores about a quarter of an hour for four workloads of 20 prompts, some minutes of it compilation; the
-          rest in proportion to prompts, tokens and repeats.
+DURATION  on two cores about a quarter of an hour for four workloads of 12 prompts, some minutes of it compilation; the
+          rest in proportion to prompts, tokens and repeats. Fewer than five repeats tell nothing of a single workload.
 EXPECTED  exit code 0: every arm gives the same tokens, and nothing is compiled while arms run. The bundled target has
           two key/value heads, so `tensor_parallel` over four devices cannot be built, which rows and report say.
 """

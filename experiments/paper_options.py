@@ -18,7 +18,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("workload", None, "NAME=FILE.jsonl; the bundled prompts if none.", flag_values=values)
     flags.DEFINE_integer("num_prompts", None, "First lines of each workload.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("max_tokens", None, "Instead of the config's.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("repeats", 2, "Runs of every arm, workload and mode.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("repeats", 5, "Runs of every arm, workload and mode.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of orders, requests and arrivals.", lower_bound=0, flag_values=values)
     flags.DEFINE_list("routers", ["flowguard"], "Routers besides round_robin.", flag_values=values)
     flags.DEFINE_list("policies", ["specustream"], "Depth policies besides plain decoding.", flag_values=values)
@@ -56,7 +56,7 @@ class Options:
     workloads: tuple[tuple[str, pathlib.Path], ...] = (("bundled", common.BUNDLED_PROMPTS),)
     num_prompts: int | None = None
     max_tokens: int | None = None
-    repeats: int = 2
+    repeats: int = 5
     seed: int = 0
     routers: tuple[str, ...] = ("flowguard",)
     policies: tuple[str, ...] = ("specustream",)

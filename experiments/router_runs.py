@@ -238,6 +238,10 @@ class Engine(Protocol):
         """Let another router decide."""
         ...
 
+    def use_policy(self, name: str, /) -> None:
+        """Let a depth policy decide, from the beginning."""
+        ...
+
     def stream(self, prompts: Iterable[Prompt], /) -> Iterator[RequestOutput]:
         """Serve prompts as they are pulled."""
         ...
@@ -268,6 +272,7 @@ def run_engine(
       duration_s: seconds in which they come.
     """
     engine.use_router(router)
+    engine.use_policy(config.speculation.policy)  # what the router before has taught it is forgotten
     before = engine.stats()
     outputs = list(engine.serve((ask.at_s, _prompt(index, ask)) for index, ask in enumerate(asks)))
     after = engine.stats()

@@ -98,6 +98,11 @@ class SimulatedPair:
         return sum(task.num_waiting for task in self._prompts.tasks)
 
     @property
+    def waiting_local_tiles(self) -> int:
+        """Tiles that no prefill call on the decode mesh has taken."""
+        return sum(task.num_waiting for task in self._local.tasks)
+
+    @property
     def local_tokens(self) -> int:
         """Longest prompt that the decode mesh can compute, too; 0 for none."""
         return self.sizes.local_tokens

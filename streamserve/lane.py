@@ -44,7 +44,7 @@ class LaneCounters:
     def __init__(self) -> None:
         self.ticks = 0
         self.prefill_calls = 0
-        self.arrivals = 0  # requests that were sent to the decode mesh
+        self.arrivals = 0  # prompts that were sent from the prefill to the decode mesh
         self.local_prefills = 0  # requests that were computed there, though there is a prefill mesh
         self.kv_transfers = 0  # of them, those whose pages had to move
         self.kv_transfer_pages = 0
@@ -115,7 +115,9 @@ class Lane:
     def stats(self, now_s: float) -> LaneStats:
         """Take a snapshot for FlowGuard."""
         pair, page_size = self.pair, self.pair.sizes.page_size
-        called_tiles = sum(count for call, _, _ in self._calls if not call.local for _, count in call.parts)
+        called_tiles = {False: 0, True: 0}
+        for call, _, _ in self._calls:
+            called_tiles[call.local] += sum(count for _, count in call.parts)
         return LaneStats(
             lane=self.index,
             is_up=pair.is_up,
@@ -126,13 +128,15 @@ class Lane:
             waiting=len(self._tasks) - len(self._computable),
             in_transit=self.num_before_slot,
             running=len(self._slots),
-            queued_prefill_tokens=(pair.waiting_tiles + called_tiles) * page_size,
+            queued_prefill_tokens=(pair.waiting_tiles + called_tiles[False]) * page_size,
+            queued_local_tokens=(pair.waiting_local_tiles + called_tiles[True]) * page_size,
             transfer_backlog_bytes=sum(
                 transit.item.transfer_bytes
                 for request_id, transit in self._transit.items()
                 if self._requests[request_id].stamps.transferred_s is None  # else it has come, and waits for a slot
             ),
             local_tokens=pair.local_tokens,
+            page_tokens=page_size,
             pace=self._meter.pace(now_s),
         )
 
@@ -318,18 +322,20 @@ class Lane:
             now_s = clock()
             begin_s, self._last_tick_s = max(tick.begun_s, self._last_tick_s), now_s  # they run one after the other
             self.specustream.learn(tick.ticket, output, now_s - begin_s, now_s)
-            first, ended, emitted = [], {}, 0
+            first, ended, rows, emitted = [], {}, 0, 0
             for slot, (running, insertion) in tick.holders.items():
                 if self._insertions.get(slot) != insertion:
                     continue  # it left the slot in an earlier tick; this one ran before the host knew
                 known = running.num_tokens
                 if running.take(output, slot, now_s):
                     ended[slot] = running
+                rows += 1
                 emitted += running.num_tokens - known
                 if running.num_tokens > known == 0:
+                    emitted -= 1  # prefill has computed it
                     first.append(running.request_id)
             self._log.ticked(len(tick.holders), tick.ticket.tier, first, self.pair.free_pages, begin_s, now_s)
-            self._meter.ticked(output, len(tick.holders), emitted, now_s - begin_s, now_s)
+            self._meter.ticked(output, rows, emitted, now_s - begin_s, now_s)
             for running in ended.values():  # they are out before a slot is released: that may fail
                 if running.invalid:
                     self.pair.forget(running.job())
@@ -441,7 +447,7 @@ class Lane:
         running.transfer_pages += item.transfer_pages
         running.transfer_bytes += item.transfer_bytes
         local = item.task is not None and item.task.local
-        self.counters.arrivals += not local
+        self.counters.arrivals += item.task is not None and not local
         self.counters.local_prefills += local
         self.counters.kv_transfers += bool(item.transfer_pages)
         self.counters.kv_transfer_pages += item.transfer_pages

@@ -316,9 +316,10 @@ class LLM:
             self._routes = None
 
     def use_router(self, name: str) -> None:
-        """Let another routing policy decide from now on, over lanes as they were when the engine was built.
+        """Let another routing policy decide from now on.
 
-        Prefix caches are emptied, what lanes have measured is forgotten, and their handicaps begin anew.
+        Prefix caches are emptied, what lanes have measured is forgotten, and their handicaps begin anew. What depth
+        policies have learnt stays; `use_policy` lets them begin anew.
 
         Args:
           name: as `routing.policy`.
@@ -332,9 +333,9 @@ class LLM:
         if not self._scheduler.idle:
             raise RuntimeError("requests are being served; the router changes between two runs")
         make = parts.make_router(self.config, name=name)
+        self._flowguard.use(make)
         for pair in self._pairs:
             pair.forget_prefixes()
-        self._flowguard.use(make)
         self._scheduler.use_pairs(parts.handicapped(self.config, self._pairs))
 
     def use_policy(self, name: str) -> None:

@@ -39,6 +39,11 @@ class Pair(Protocol):
         ...
 
     @property
+    def waiting_local_tiles(self) -> int:
+        """Tiles that no prefill call on the decode mesh of a disaggregated pair has taken."""
+        ...
+
+    @property
     def is_broken(self) -> bool:
         """Whether nothing but `reset` helps."""
         ...

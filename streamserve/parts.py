@@ -313,6 +313,7 @@ def log_header(config: Config) -> dict[str, Any]:
         "fixed_depth": speculation.fixed_depth if speculation.policy == "fixed" else None,
         "specustream": dataclasses.asdict(speculation.specustream),
         "verifier": speculation.verifier,
+        "lanes": dataclasses.asdict(config.lanes),
         "jax": jax.__version__,
         "numpy": np.__version__,
     }

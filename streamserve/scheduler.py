@@ -303,7 +303,7 @@ class StreamScheduler:
             request_id=running.request_id,
             prompt_tokens=len(running.job().tokens),
             max_tokens=running.request.params.max_tokens - running.num_tokens,
-            waited_s=now_s - running.stamps.arrival_s,
+            waited_s=0.0 if running.num_tokens else now_s - running.stamps.arrival_s,  # its first token is out
             hit_tokens=tuple(lane.cached_tokens(running) for lane in self.lanes),
             queue=len(self._queue),
         )
@@ -313,6 +313,7 @@ class StreamScheduler:
         for lane in self.lanes:
             if lane.busy and not lane.pair.is_up:
                 for running in lane.evacuate():
+                    self._flowguard.learn(running.request_id, RouteOutcome(answered=False), self._clock())
                     self._wait_again(running)
 
     def _note_queue(self) -> None:
@@ -432,7 +433,8 @@ class StreamScheduler:
             return
         times, completion = running.metrics(now_s), running.completion()
         outcome = _outcome(times, running.num_tokens)
-        self.lanes[running.lane].note_end(outcome.ttft_s, outcome.tpot_s)
+        if not running.num_preemptions:  # else its times are not this lane's alone
+            self.lanes[running.lane].note_end(outcome.ttft_s, outcome.tpot_s)
         self._flowguard.learn(running.request_id, outcome, now_s)
         self._hand_over(
             Finished(

@@ -460,7 +460,7 @@ class LanePace:
       transfer_s_per_byte: seconds of a hand-off a byte; 0 where nothing moves.
       transfer_bytes_per_token: bytes that a hand-off moves for each prompt token, pages being whole.
       tick_s: seconds of a tick.
-      tokens_per_tick: tokens that a row emits in a tick.
+      tokens_per_tick: tokens that a row emits in a tick, without its first one, which prefill has computed.
       accepted_per_step: accepted draft tokens of a verification step, those that drafted nothing included.
       drafted_per_step: drafted ones: the depth.
       decode_s: seconds that a request holds a decode slot.
@@ -497,8 +497,10 @@ class LaneStats:
       in_transit: requests between admission and a decode slot, the waiting ones included.
       running: requests in decode slots.
       queued_prefill_tokens: prompt tokens, in whole tiles, that no prefill call has taken or whose call has not ended.
+      queued_local_tokens: the same of prompts that are computed where they are decoded.
       transfer_backlog_bytes: bytes of the hand-offs under way.
       local_tokens: longest prompt that it can compute where it decodes, though it has a prefill mesh; 0 for none.
+      page_tokens: positions of a page.
       pace: what it has measured of late.
     """
 
@@ -512,6 +514,8 @@ class LaneStats:
     in_transit: int = 0
     running: int = 0
     queued_prefill_tokens: int = 0
+    queued_local_tokens: int = 0
     transfer_backlog_bytes: int = 0
     local_tokens: int = 0
+    page_tokens: int = 64
     pace: LanePace = LanePace()

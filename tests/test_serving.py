@@ -171,6 +171,49 @@ class OutcomeTest(parameterized.TestCase):
             self.assertTrue(0.0 <= pace.accepted_per_step <= pace.drafted_per_step <= 2.0)
             self.assertGreaterEqual(pace.idle_s, 3.0)
 
+    def test_rows_that_have_ended_do_not_slow_the_pace_that_is_seen(self):
+        bench = Bench(_pairs(depth=0))  # two rounds a tick, a token a round
+        bench.submit(*(request for _, request in _arrivals(40, 0.0, max_tokens=5)))
+        bench.drain()
+        self.assertAlmostEqual(bench.scheduler.lanes[0].stats(0.0).pace.tokens_per_tick, 2.0, delta=0.01)
+
+    def test_a_lane_that_dies_is_told_so_and_a_first_token_is_not_waited_for_twice(self):
+        told, waited = [], []
+
+        def choose(context, noise_A2):
+            waited.append(context.waited_s)
+            return Route(int(context.eligible_A.argmax()))
+
+        def update(state, context, route, outcome):
+            told.append((route.arm, outcome.answered))
+            return state
+
+        policy = stateless(choose)._replace(update=update)
+        bench = Bench(_pairs(2), flowguard=FlowGuard(lambda lanes: policy, num_lanes=2, seed=0))
+        bench.submit(make_request("0", (1, 2), max_tokens=20))
+        bench.until("0", State.DECODE)
+        for _ in range(3):
+            bench.step()
+        self.assertGreater(bench.scheduler._known["0"].num_tokens, 0)
+        bench.clock.sleep(5.0)
+        bench.pairs[0].switched_on = False
+        (end,) = bench.drain().values()
+        self.assertEqual(end.completion.token_ids, quiet_output(bench.requests["0"]))
+        self.assertEqual(told, [(0, False), (1, True)])
+        self.assertEqual(waited[-1], 0.0)
+        self.assertEqual(bench.scheduler.lanes[1].stats(0.0).pace.ttft_s, 0.0)
+
+    def test_only_prompts_that_had_to_move_count_as_arrivals(self):
+        here = stateless(lambda context, noise_A2: Route(0, local=bool(context.local_A[0])))
+        flowguard = FlowGuard(lambda lanes: here, num_lanes=1, seed=0)
+        bench = Bench(_pairs(local_tokens=40, preemption="keep", decode_pool_tokens=40), flowguard=flowguard)
+        bench.submit(*(request for _, request in _arrivals(6, 0.0, max_tokens=24)))
+        bench.drain()
+        counters = bench.scheduler.counters()
+        self.assertGreater(counters.preemptions, 0)
+        self.assertEqual((counters.arrivals, counters.kv_transfer_pages), (0, 0))
+        self.assertGreaterEqual(counters.local_prefills, 6)
+
     def test_what_a_request_asks_of_the_router(self):
         seen = []
 

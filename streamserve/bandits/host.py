@@ -26,23 +26,34 @@ class HostPolicy:
         self._state = self._proposed = policy.init()
 
     def propose(self, context: Any) -> Any:
-        """Choose an arm as if nothing had been chosen; `commit` makes it so. Gives what the policy calls a decision."""
-        if self._used == len(self._noise):
-            # The generator gives [0, 1); policies take logarithms.
-            self._noise, self._used = 1.0 - self._generator.random((_BLOCK, self._num_arms, 2)), 0
-        decision, self._proposed = self._policy.choose(self._state, context, self._noise[self._used])
+        """Choose an arm as if nothing had been chosen; `commit` makes it so. Gives what the policy calls a decision.
+
+        Each proposal has random numbers of its own: those of one that did not stand are no longer random.
+        """
+        decision, self._proposed = self._policy.choose(self._state, context, self._next_noise())
         return decision
 
     def commit(self) -> None:
         """Let the latest proposal stand."""
         self._state = self._proposed
-        self._used += 1
+
+    def skip(self, count: int) -> None:
+        """Use up the random numbers of proposals that did not stand."""
+        for _ in range(count):
+            self._next_noise()
 
     def choose(self, context: Any) -> Any:
         """Choose an arm; gives what the policy calls a decision."""
         decision = self.propose(context)
         self.commit()
         return decision
+
+    def _next_noise(self) -> np.ndarray:
+        if self._used == len(self._noise):
+            # The generator gives [0, 1); policies take logarithms.
+            self._noise, self._used = 1.0 - self._generator.random((_BLOCK, self._num_arms, 2)), 0
+        self._used += 1
+        return self._noise[self._used - 1]
 
     def update(self, context: Any, decision: Any, feedback: Any) -> None:
         """Tell the policy what came of a decision, whenever that is known."""

@@ -17,6 +17,7 @@ class Decided(NamedTuple):
       feedbacks: how many feedbacks it had seen by then.
       feedback: what it was told of this decision; None if nothing.
       order: how many feedbacks came before that one; -1 if nothing was told.
+      skipped: proposals since the decision before that did not stand.
     """
 
     context: Any
@@ -24,6 +25,7 @@ class Decided(NamedTuple):
     feedbacks: int
     feedback: Any = None
     order: int = -1
+    skipped: int = 0
 
 
 class Difference(NamedTuple):
@@ -62,6 +64,7 @@ def replay(host: HostPolicy, decisions: Sequence[Decided]) -> list[Difference]:
             past = decisions[of_step]
             host.update(past.context, past.decision, past.feedback)
         num_told = one.feedbacks
+        host.skip(one.skipped)
         again = host.choose(one.context)
         differences += [
             Difference(step, field, was, now)

@@ -20,8 +20,6 @@ class Prediction(NamedTuple):
       queue_s_A: until the prompts before it are computed.
       prefill_s_A: of its own prompt, without what the prefix cache holds.
       transfer_s_A: of its own hand-off, as long as those of late took a byte: what they waited for others is in that.
-      backlog_s_A: of the hand-offs under way, one after the other. No part of the time to first token: a link that is
-        merely slow takes them together.
       slot_s_A: until a decode slot is free.
       tick_s_A: until its first token is read, once it is in a slot.
       tpot_s_A: a token after the first.
@@ -30,7 +28,6 @@ class Prediction(NamedTuple):
     queue_s_A: np.ndarray
     prefill_s_A: np.ndarray
     transfer_s_A: np.ndarray
-    backlog_s_A: np.ndarray
     slot_s_A: np.ndarray
     tick_s_A: np.ndarray
     tpot_s_A: np.ndarray
@@ -53,12 +50,12 @@ def predict(context: RouteContext, *, local: bool = False) -> Prediction:
     zero_A = np.zeros(len(context.eligible_A))
     own_bytes_A = context.prompt_tokens * context.token_bytes_A
     ticks_s_A = _TICKS_AHEAD * (context.running_A > 0) * context.tick_s_A
+    queued_A = context.local_queued_A if local else context.queued_tokens_A
     ahead_A = np.maximum(context.in_transit_A + 1 - context.free_slots_A, 0)
     return Prediction(
-        queue_s_A=ticks_s_A if local else context.queued_tokens_A * context.prefill_s_A,
+        queue_s_A=ticks_s_A * local + queued_A * context.prefill_s_A,
         prefill_s_A=new_A * context.prefill_s_A,
         transfer_s_A=zero_A if local else own_bytes_A * context.transfer_s_A,
-        backlog_s_A=context.backlog_bytes_A * context.transfer_s_A,
         slot_s_A=ahead_A * context.decode_s_A / np.maximum(context.slots_A, 1),
         tick_s_A=ticks_s_A + context.tick_s_A,
         tpot_s_A=context.tick_s_A / np.maximum(context.tick_tokens_A, 1e-9) * (context.tick_tokens_A > 0),

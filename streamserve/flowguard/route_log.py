@@ -30,6 +30,7 @@ class LoggedRoute(NamedTuple):
       context: what the policy saw.
       route: what it chose.
       feedbacks: how many outcomes the policy had seen by then.
+      skipped: proposals since the decision before that no lane could follow.
       chosen_s: when it chose, on the caller's clock.
       outcome: what came of it; None if nobody knows.
       order: how many outcomes came before that one; -1 without one.
@@ -41,6 +42,7 @@ class LoggedRoute(NamedTuple):
     context: RouteContext
     route: Route
     feedbacks: int
+    skipped: int
     chosen_s: float
     outcome: RouteOutcome | None = None
     order: int = -1
@@ -67,10 +69,12 @@ class RouteLog:
         self._lines.write(json.dumps({"format": FORMAT, "header": dict(header)}, allow_nan=False) + "\n")
         self._lines.flush()
 
-    def choose(self, request_id: str, context: RouteContext, route: Route, feedbacks: int, now_s: float) -> int:
+    def choose(
+        self, request_id: str, context: RouteContext, route: Route, feedbacks: int, skipped: int, now_s: float
+    ) -> int:
         """Note a decision; gives the number to hand in with its outcome."""
         step, self._steps = self._steps, self._steps + 1
-        self._open[step] = LoggedRoute(step, request_id, context, route, feedbacks, now_s)
+        self._open[step] = LoggedRoute(step, request_id, context, route, feedbacks, skipped, now_s)
         return step
 
     def learn(self, step: int, outcome: RouteOutcome, now_s: float) -> None:
@@ -149,7 +153,7 @@ def replay_routes(policy: Policy, logged: Sequence[LoggedRoute], *, num_lanes: i
     Raises:
       ValueError: outcomes are missing, or one comes before its decision.
     """
-    decided = [Decided(one.context, one.route, one.feedbacks, one.outcome, one.order) for one in logged]
+    decided = [Decided(one.context, one.route, one.feedbacks, one.outcome, one.order, one.skipped) for one in logged]
     return replay(HostPolicy(policy, num_arms=num_lanes, seed=seed), decided)
 
 
@@ -162,6 +166,7 @@ def _encode(one: LoggedRoute) -> str:
         "step": one.step,
         "request_id": one.request_id,
         "feedbacks": one.feedbacks,
+        "skipped": one.skipped,
         "chosen_s": one.chosen_s,
         "context": context | {"objective": one.context.objective._asdict()},
         "route": one.route._asdict(),
@@ -190,6 +195,7 @@ def _decode(record: Mapping[str, Any]) -> LoggedRoute:
         context=RouteContext(**fields),
         route=Route(**record["route"]),
         feedbacks=record["feedbacks"],
+        skipped=record["skipped"],
         chosen_s=record["chosen_s"],
         outcome=RouteOutcome(**record["outcome"]) if known else None,
         order=record["order"] if known else -1,

@@ -52,7 +52,7 @@ class FlowGuard:
         self._policy = HostPolicy(make_policy(self._num_lanes), num_arms=self._num_lanes, seed=self._seed)
         self._proposed: tuple[str, RouteContext, Route] | None = None
         self._open: dict[str, _Open] = {}
-        self._feedbacks = 0
+        self._feedbacks = self._skipped = 0
 
     def stop_logging(self) -> None:
         """Log no further decisions."""
@@ -73,11 +73,15 @@ class FlowGuard:
         if not any(eligible):
             raise ValueError("no lane can take a request; the scheduler has to wait")
         context = signals.context(lanes, eligible, ask, self._objective)
-        route = self._policy.propose(context)
+        told = self._policy.propose(context)
+        route = Route(int(told.arm), float(told.propensity), bool(told.local))
+        if not 0 < route.propensity <= 1:
+            raise ValueError(f"the routing policy chose lane {route.arm} with a propensity of {route.propensity}")
         if not 0 <= route.arm < len(eligible) or not eligible[route.arm]:
             raise ValueError(f"the routing policy chose lane {route.arm}, which may not take the request ({eligible=})")
         if route.local and not context.local_A[route.arm]:
             raise ValueError(f"the routing policy chose lane {route.arm} to prefill where it decodes, but it cannot")
+        self._skipped += self._proposed is not None
         self._proposed = (ask.request_id, context, route)
         return route
 
@@ -92,7 +96,8 @@ class FlowGuard:
         self._policy.commit()
         logged = None
         if self._log is not None:
-            logged = self._log.choose(request_id, context, route, self._feedbacks, now_s)
+            logged = self._log.choose(request_id, context, route, self._feedbacks, self._skipped, now_s)
+        self._skipped = 0
         self._open[request_id] = _Open(context, route, logged)  # a request that is routed anew has one decision open
 
     def learn(self, request_id: str, outcome: RouteOutcome, now_s: float) -> None:

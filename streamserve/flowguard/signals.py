@@ -54,10 +54,12 @@ class RouteContext(NamedTuple):
       free_slots_A: of them, free ones.
       pages_A: pages of the decode mesh, at least 1.
       free_pages_A: of them, free ones.
+      page_tokens_A: tokens that a page holds.
       waiting_A: requests whose prompt is not wholly taken by prefill calls.
       in_transit_A: requests between admission and a slot.
       running_A: requests in slots.
-      queued_tokens_A: prompt tokens that are yet to be computed.
+      queued_tokens_A: prompt tokens that are yet to be computed on the prefill mesh,
+      local_queued_A: and on the decode mesh, where there are two.
       hit_tokens_A: tokens of this prompt in the lane's prefix cache, in [0, prompt_tokens).
       backlog_bytes_A: bytes of the hand-offs under way.
       prefill_s_A: s a prompt token.
@@ -84,10 +86,12 @@ class RouteContext(NamedTuple):
     free_slots_A: np.ndarray
     pages_A: np.ndarray
     free_pages_A: np.ndarray
+    page_tokens_A: np.ndarray
     waiting_A: np.ndarray
     in_transit_A: np.ndarray
     running_A: np.ndarray
     queued_tokens_A: np.ndarray
+    local_queued_A: np.ndarray
     hit_tokens_A: np.ndarray
     backlog_bytes_A: np.ndarray
     prefill_s_A: np.ndarray
@@ -164,8 +168,9 @@ def context(lanes: Sequence[LaneStats], eligible: Sequence[bool], ask: Ask, obje
     """
     rows = [
         (
-            *(lane.num_slots, lane.free_slots, lane.num_pages, lane.free_pages),
-            *(lane.waiting, lane.in_transit, lane.running, lane.queued_prefill_tokens, hit),
+            *(lane.num_slots, lane.free_slots, lane.num_pages, lane.free_pages, lane.page_tokens),
+            *(lane.waiting, lane.in_transit, lane.running),
+            *(lane.queued_prefill_tokens, lane.queued_local_tokens, hit),
             *(lane.transfer_backlog_bytes, lane.pace.prefill_s_per_token, lane.pace.transfer_s_per_byte),
             *(lane.pace.transfer_bytes_per_token, lane.pace.tick_s, lane.pace.tokens_per_tick),
             *(lane.pace.accepted_per_step, lane.pace.drafted_per_step, lane.pace.decode_s),

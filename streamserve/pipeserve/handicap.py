@@ -18,7 +18,7 @@ class Handicap(NamedTuple):
 
     Attributes:
       slowdown: times, at least 1, that prefill calls and ticks seem to take.
-      transfer_delay_s: seconds that a hand-off is held up.
+      transfer_delay_s: seconds that pages are held up on their way from the prefill to the decode mesh.
       down_from_s: seconds from the pair's first request at which it dies; negative for never.
       down_until_s: seconds from its first request at which it is back.
     """
@@ -72,6 +72,10 @@ class _SlowedMesh:
         """When it seems to be done; None as long as it is not really done."""
         return self._works[id(thing)].due_s
 
+    def things(self) -> list[Any]:
+        """List what was dispatched and not forgotten."""
+        return [work.thing for work in self._works.values()]
+
     def take(self, thing: Any) -> None:
         """Forget it."""
         del self._works[id(thing)]
@@ -101,7 +105,7 @@ class HandicappedPair:
         self._forget()
         self.sizes = pair.sizes
         self.cached_tokens, self.resume = pair.cached_tokens, pair.resume
-        self.begin_locally, self.read_prompt_logprobs = pair.begin_locally, pair.read_prompt_logprobs
+        self.read_prompt_logprobs = pair.read_prompt_logprobs
         self.tokens_per_tick, self.ensure, self.release = pair.tokens_per_tick, pair.ensure, pair.release
         self.rescue, self.bring_home = pair.rescue, pair.bring_home
         self.forget, self.remember = pair.forget, pair.remember
@@ -135,6 +139,11 @@ class HandicappedPair:
         return self._pair.waiting_tiles
 
     @property
+    def waiting_local_tiles(self) -> int:
+        """Tiles that no prefill call on the decode mesh has taken."""
+        return self._pair.waiting_local_tiles
+
+    @property
     def is_broken(self) -> bool:
         """Whether nothing but `reset` helps."""
         return self._pair.is_broken
@@ -161,8 +170,16 @@ class HandicappedPair:
 
     def begin(self, job: Job) -> Any:
         """Reserve the pages of a prompt; the first one starts the pair's clock."""
-        self._first_s = self._clock() if self._first_s is None else self._first_s
+        self._start()
         return self._pair.begin(job)
+
+    def begin_locally(self, job: Job) -> Any:
+        """Reserve pages for a prompt on the decode mesh, likewise."""
+        self._start()
+        return self._pair.begin_locally(job)
+
+    def _start(self) -> None:
+        self._first_s = self._clock() if self._first_s is None else self._first_s
 
     def prefill(self) -> Any:
         """Dispatch a prefill call."""
@@ -181,6 +198,8 @@ class HandicappedPair:
             return False
         mesh.take(call)
         for task in call.done:
+            if self._dropped.pop(id(task), None) is not None:
+                continue
             self._computed[id(task)] = (task, due_s)  # it holds the task, whose id so stays its own
         return True
 
@@ -194,7 +213,8 @@ class HandicappedPair:
             return False
         if item.task is None:
             return True
-        return self._clock() >= self._computed[id(item.task)][1] + self._handicap.transfer_delay_s
+        delay_s = self._handicap.transfer_delay_s if item.transfer_pages else 0.0
+        return self._clock() >= self._computed[id(item.task)][1] + delay_s
 
     def insert(self, item: Any) -> int:
         """Put an arrived request into a free slot."""
@@ -203,7 +223,8 @@ class HandicappedPair:
 
     def drop(self, task: Any) -> None:
         """Forget a prompt that has begun."""
-        self._computed.pop(id(task), None)
+        if self._computed.pop(id(task), None) is None and self._is_being_computed(task):
+            self._dropped[id(task)] = task
         self._pair.drop(task)
 
     def step(self, tier: int, plan: StepPlan) -> Any:
@@ -236,6 +257,11 @@ class HandicappedPair:
         self._calls, self._local_calls = (_SlowedMesh(slowdown, pair.is_computed) for _ in range(2))
         self._ticks = _SlowedMesh(slowdown, pair.is_done)
         self._computed: dict[int, tuple[Any, float]] = {}  # prompts, and since when they seem to be
+        self._dropped: dict[int, Any] = {}  # prompts that were dropped while their last call was under way
+
+    def _is_being_computed(self, task: Any) -> bool:
+        calls = [*self._calls.things(), *self._local_calls.things()]
+        return any(task is one for call in calls for one in call.done)
 
     def _watch(self) -> None:
         now_s = self._clock()

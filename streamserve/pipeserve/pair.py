@@ -121,6 +121,11 @@ class StreamPair:
         """Tiles of prompts that no prefill call has taken yet."""
         return sum(task.num_waiting for task in self._prefiller.tasks)
 
+    @property
+    def waiting_local_tiles(self) -> int:
+        """Tiles of prompts that no prefill call on the decode mesh has taken yet."""
+        return sum(task.num_waiting for task in self._local.tasks)
+
     def compilations(self) -> list[tuple[str, Callable[[], None]]]:
         """List every program by name, with a function that compiles it. All must have run before a request comes."""
         return self.programs.compilations()

@@ -123,7 +123,7 @@ def write_routes(path: pathlib.Path, plot: Plot) -> None:
             str(index), prompt_tokens=10, max_tokens=8, waited_s=0.01, hit_tokens=(0,) * plot.lanes, queue=1 + index
         )
         context = route_signals.context(seen, [True] * plot.lanes, ask, plot.objective)
-        step = log.choose(str(index), context, Route(arm, 1.0), index, 100.0 + index / plot.rate)
+        step = log.choose(str(index), context, Route(arm, 1.0), index, 0, 100.0 + index / plot.rate)
         answered = output.error is None
         times = (plot.ttft_s, plot.tpot_s, 1.0, 5) if answered else ()
         log.learn(step, RouteOutcome(answered, *times), 100.0 + index / plot.rate)

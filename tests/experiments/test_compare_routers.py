@@ -68,6 +68,10 @@ class FakeEngine:
     def use_router(self, name):
         self.router = name
 
+    def use_policy(self, name):
+        assert self.router, "the router comes first"
+        self.policy = name
+
     def stream(self, prompts):
         prompts = list(prompts)
         self.log.append((self.config, "stream", self.router, len(prompts)))

@@ -98,6 +98,7 @@ class RunTest(PaperCase):
                 "output": self.rows_path,
                 "workloads": (("a", path), ("b", path)),
                 "num_prompts": 2,
+                "repeats": 2,
                 "command": ("--output=/home/me/rows.jsonl", "--workload=a=../shared/in.jsonl"),
                 **fields,
             }

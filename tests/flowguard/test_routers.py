@@ -126,6 +126,12 @@ class PreferenceTest(parameterized.TestCase):
         # 100 + 156 tokens in blocks of 64 and 30 pages held, against 100 tokens and 33 pages.
         self.assertEqual(_arm("kv_cost", [lane(0, queued_prefill_tokens=156, free_pages=10), lane(1, free_pages=7)]), 0)
         self.assertEqual(_arm("kv_cost", [lane(0, queued_prefill_tokens=412, free_pages=10), lane(1, free_pages=7)]), 1)
+        # Smaller pages hold less: now the queue counts for more than three of them.
+        small = [
+            lane(0, queued_prefill_tokens=156, free_pages=10, page_tokens=16),
+            lane(1, free_pages=7, page_tokens=16),
+        ]
+        self.assertEqual(_arm("kv_cost", small), 1)
 
     def test_weighted_scorers_weigh_queue_pages_and_prefix_by_2_2_and_3(self):
         # The whole queue is worth 2; a third of the prefix and half of the pages 1 each, less an eighth.
@@ -173,7 +179,6 @@ class PredictionTest(parameterized.TestCase):
         self.assertAlmostEqual(of.queue_s_A[0], 0.2)
         self.assertAlmostEqual(of.prefill_s_A[0], 0.036)
         self.assertAlmostEqual(of.transfer_s_A[0], 100 * 1000 * 1e-9)
-        self.assertAlmostEqual(of.backlog_s_A[0], 0.01)
         self.assertAlmostEqual(of.slot_s_A[0], 2 * 1.0 / 4)  # three want the one free slot
         self.assertAlmostEqual(of.tick_s_A[0], 0.05)
         self.assertAlmostEqual(of.tpot_s_A[0], 0.005)
@@ -185,6 +190,8 @@ class PredictionTest(parameterized.TestCase):
         self.assertAlmostEqual(of.queue_s_A[0], 0.03)  # behind the ticks under way
         self.assertEqual(of.transfer_s_A[0], 0.0)
         self.assertAlmostEqual(of.ttft_s_A[0], 0.03 + 0.1 + 0.05)
+        behind = predict(seen([lane(0, queued_local_tokens=128, local_tokens=128)]), local=True)
+        self.assertAlmostEqual(behind.queue_s_A[0], 0.03 + 0.128)
         (idle,) = predict(seen([lane(0, running=0)])).tick_s_A
         self.assertAlmostEqual(idle, 0.02)
 
@@ -251,6 +258,16 @@ class FlowGuardPolicyTest(parameterized.TestCase):
             _arm("flowguard", [lane(0, pace=rested, running=1, free_slots=3), other]), 1
         )  # it has not rested
 
+    @parameterized.parameters({"prefill_s_per_token": 0.05}, {"transfer_s_per_byte": 2e-5})
+    def test_so_is_one_whose_prefill_or_link_was_slow(self, **slow):
+        other = lane(1, in_transit=1, running=2)
+
+        def arm(idle_s: float, running: int) -> int:
+            pace = dataclasses.replace(BUSY, idle_s=idle_s, **slow)
+            return _arm("flowguard", [lane(0, pace=pace, running=running, free_slots=4 - running), other])
+
+        self.assertEqual([arm(0.0, 0), arm(60.0, 0), arm(60.0, 1)], [1, 0, 1])
+
     def test_a_short_prompt_prefills_where_it_decodes_if_that_saves_enough(self):
         policy = routers.flowguard(1)
 
@@ -309,6 +326,29 @@ class FlowGuardTest(parameterized.TestCase):
         self.assertEqual(flowguard.route(ask(3), lanes, [True] * 3).arm, 0)
         flowguard.begun(0.0)
         self.assertEqual(flowguard.route(ask(3), lanes, [True] * 3).arm, 1)
+
+    @parameterized.parameters("random", "power_of_two", "least_outstanding")
+    def test_a_lane_that_refuses_makes_no_other_lane_more_likely(self, name):
+        """The lane that refuses is asked first as often as any; who is asked next must not depend on that."""
+        flowguard, lanes = FlowGuard(ROUTERS[name], num_lanes=3, seed=1), [lane(index) for index in range(3)]
+        count = collections.Counter()
+        for turn in range(3000):
+            if flowguard.route(ask(3, request_id=str(turn)), lanes, [True] * 3).arm == 0:
+                count[flowguard.route(ask(3, request_id=str(turn)), lanes, [False, True, True]).arm] += 1
+            flowguard.begun(0.0)
+        total = count[1] + count[2]
+        self.assertGreater(total, 800)
+        self.assertAlmostEqual(count[1] / total, 0.5, delta=4 * 0.5 / total**0.5)
+
+    def test_what_a_router_says_in_numpy_is_taken_and_a_propensity_that_is_none_is_not(self):
+        lanes = [lane(0, local_tokens=100), lane(1)]
+        said = _stubborn(Route(np.int64(0), np.float64(0.5), np.bool_(True)))
+        route = FlowGuard(lambda lanes: said, num_lanes=2, seed=0).route(ask(2), lanes, [True, True])
+        self.assertEqual([type(field) for field in route], [int, float, bool])
+        for propensity in (0.0, -0.5, 1.5, float("nan")):
+            wrong = FlowGuard(lambda lanes, p=propensity: _stubborn(Route(0, p)), num_lanes=2, seed=0)
+            with self.assertRaisesRegex(ValueError, "with a propensity of"):
+                wrong.route(ask(2), lanes, [True, True])
 
     def test_each_outcome_is_told_once_of_the_decision_that_stood_last(self):
         told = []

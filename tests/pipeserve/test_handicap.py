@@ -97,6 +97,25 @@ class HandicapTest(parameterized.TestCase):
         self.assertAlmostEqual(stalled.prefill_s, plain.prefill_s, delta=0.01)
         self.assertAlmostEqual(stalled.decode_s, plain.decode_s, delta=0.01)
 
+    def test_pages_that_do_not_travel_are_not_held_up(self):
+        stalled = Handicap(transfer_delay_s=2.0)
+        self.assertLess(self._served(stalled, local=True)[0].transfer_s, 0.1)
+        self.assertGreater(self._served(stalled)[0].transfer_s, 1.9)
+
+    def test_a_prompt_that_is_dropped_while_it_is_computed_is_forgotten(self):
+        clock = FakeClock()
+        inner = _TimedPair(0, clock)
+        pair = HandicappedPair(inner, Handicap(slowdown=3.0), clock=clock, sleep=clock.sleep)
+        wired = fake_scheduler([inner], clock=clock)
+        wired.use_pairs([pair])
+        for index in range(3):
+            wired.submit(make_request(str(index), (1, index), max_tokens=5))
+        wired.step()
+        self.assertTrue(wired.cancel("1"))
+        self.assertLen(pair._dropped, 1)
+        self.assertLen(list(wired.drain()), 3)
+        self.assertEqual((pair._dropped, pair._computed), ({}, {}))
+
     def test_it_forgets_what_it_has_seen_through(self):
         clock = FakeClock()
         inner = _TimedPair(0, clock)
@@ -150,6 +169,35 @@ class DeathTest(parameterized.TestCase):
             self.assertEqual(end.completion.token_ids, quiet_output(request))
             moved += end.metrics.num_preemptions
         self.assertGreater(moved, 0)
+        assert_empty(inner)
+
+    def test_its_time_begins_with_a_prompt_of_any_kind(self):
+        clock = FakeClock()
+        inner = _TimedPair(0, clock, local_tokens=8)
+        pair = HandicappedPair(inner, Handicap(down_from_s=0.2, down_until_s=1.0), clock=clock, sleep=clock.sleep)
+        here = stateless(lambda context, noise_A2: Route(0, local=True))
+        wired = fake_scheduler([inner], clock=clock, flowguard=FlowGuard(lambda lanes: here, num_lanes=1, seed=0))
+        wired.use_pairs([pair])
+        wired.submit(make_request("0", (1, 2), max_tokens=20))
+        self.assertLen(list(wired.drain()), 1)
+        self.assertGreater(clock(), 1.0)
+
+    def test_what_was_kept_for_it_goes_on_elsewhere_too(self):
+        handicap = Handicap(down_from_s=1.0, down_until_s=9.0)
+        clock, inner, pairs, wired = self._bench(handicap, preemption="keep", decode_pool_tokens=40)
+        requests = [make_request(str(index), (1, 2, index), max_tokens=24, seed=index) for index in range(8)]
+        for request in requests:
+            wired.submit(request)
+        ends, kept = {}, 0
+        while not wired.idle:
+            if pairs[0].is_up:
+                kept = len(wired.lanes[0]._kept)
+            for end in wired.step():
+                ends[end.request_id] = end
+        self.assertGreater(clock(), 1.0)
+        self.assertGreater(kept, 0)
+        for request in requests:
+            self.assertEqual(ends[request.request_id].completion.token_ids, quiet_output(request))
         assert_empty(inner)
 
     def test_it_comes_back_and_is_used_again(self):

@@ -17,6 +17,7 @@ from streamserve.bandits import Policy
 from streamserve.config import FlowGuardConfig
 from streamserve.flowguard.predict import Prediction, predict
 from streamserve.flowguard.routers import scorers
+from streamserve.flowguard.routers.picking import outstanding
 from streamserve.flowguard.signals import Route, RouteContext, RouteOutcome, utility
 
 SCORES = ("ttft", "tpot", "acceptance", "prefix", "slots", "pages")  # F of them, and a constant
@@ -78,9 +79,10 @@ def flowguard(num_lanes: int, **coefficients: Any) -> Policy:
 
 
 def _believed(context: RouteContext, by: FlowGuardConfig) -> RouteContext:
-    """Let what a lane measured fade while it has nothing to decode: one that was slow is tried again."""
-    fresh_A = np.exp(-context.idle_s_A / by.stale_s * (context.running_A == 0))
-    return context._replace(tick_s_A=context.tick_s_A * fresh_A, decode_s_A=context.decode_s_A * fresh_A)
+    """Let what a lane measured fade while it has nothing to do: one that was slow is tried again."""
+    fresh_A = np.exp(-context.idle_s_A / by.stale_s * (outstanding(context) == 0))
+    measured = ("prefill_s_A", "transfer_s_A", "tick_s_A", "decode_s_A")
+    return context._replace(**{name: getattr(context, name) * fresh_A for name in measured})
 
 
 def _best_way(context: RouteContext, by: FlowGuardConfig) -> tuple[Prediction, np.ndarray]:

@@ -14,7 +14,10 @@ def prefix_aware(
 ) -> Policy:
     """Follow SGLang's cache-aware rule: balance when loads differ much, else go where the prompt is known best.
 
-    SGLang keeps an approximate tree in the router; here the caches themselves are asked.
+    The numbers are those of `CacheAwareConfig` in its Rust gateway; later documents have 0.3, 64 and 1.5. SGLang keeps
+    an approximate tree in the router, and goes to the smallest one where a prompt is hardly known; here the caches
+    themselves are asked, and then the least loaded lane is taken. With few slots a lane the loads hardly ever differ by
+    32, so that it is mostly the prefix that decides.
 
     Args:
       num_lanes: A.
@@ -50,8 +53,8 @@ def kv_cost(
 
     def cost(context: RouteContext) -> np.ndarray:
         new_A = np.maximum(context.prompt_tokens + context.queued_tokens_A - context.hit_tokens_A, 0)
-        held_A = context.pages_A - context.free_pages_A
-        return prefill_scale * new_A / block_tokens + held_A + request_weight * outstanding(context)
+        held_A = (context.pages_A - context.free_pages_A) * context.page_tokens_A
+        return (prefill_scale * new_A + held_A) / block_tokens + request_weight * outstanding(context)
 
     return by_cost(cost)
 
