@@ -129,7 +129,7 @@ def _interval(value: Any, values_N: np.ndarray, *, alone: bool) -> Interval:
 
 
 def verdict(cell: Cell, router: str = OURS) -> str:
-    """Say in a line how a router stands: first, as good as the first, or by how much it lost."""
+    """Say in a line how a router stands: first, as good as the first, or by how much it lost, and whether surely."""
     first, own = cell.standings[0], cell.of(router)
     if own is None:
         return f"`{router}` did not run."
@@ -138,7 +138,8 @@ def verdict(cell: Cell, router: str = OURS) -> str:
     ratio = own.to_best.show(3)
     if own.to_best.value >= 1 - MARGIN:
         return f"`{router}` is within {MARGIN:.0%} of the first, `{first.router}`: {ratio}."
-    return f"`{router}` loses {1 - own.to_best.value:.1%} to `{first.router}`: {ratio}."
+    chance = " These repeats do not rule out that it is within." if own.to_best.high >= 1 - MARGIN else ""
+    return f"`{router}` loses {1 - own.to_best.value:.1%} to `{first.router}`: {ratio}.{chance}"
 
 
 def tables(header: Row, rows: Sequence[Row]) -> str:

@@ -545,6 +545,10 @@ def test_what_strikes_all_routers_alike_leaves_no_interval():
         ([10.0, 12.0], "`flowguard` is first."),
         ([9.0, 10.5], "`flowguard` is within 3% of the first, `b`: 0.975 [0.900, 1.050]."),
         ([9.0, 9.0], "`flowguard` loses 10.0% to `b`: 0.900 [0.900, 0.900]."),
+        (
+            [8.0, 10.0],
+            "`flowguard` loses 10.0% to `b`: 0.900 [0.800, 1.000]. These repeats do not rule out that it is within.",
+        ),
     ],
 )
 def test_the_verdict_says_first_or_near_or_by_how_much_it_lost(own, text):

@@ -111,6 +111,15 @@ class ReportTest(PaperCase):
         self.assertNotIn("### open: fleet output", text)
         self.assertNotIn("## Refused", text)
 
+    def test_the_order_of_the_fleets_does_not_matter(self):
+        study = made_up()
+        turned = study._replace(engines=dict(reversed(study.engines.items())))
+        text, expected = paper_report.report(turned)[0], paper_report.report(study)[0]
+        self.assertTrue("bundled:target with bundled:draft" in text)
+        for heading in ("## Factors", "## Every arm"):
+            self.assertTrue(text.partition(heading)[2] == expected.partition(heading)[2], heading)
+        self.assertEqual(paper_claims.make_board(turned, []).system, SYSTEM)
+
     def test_the_report_says_where_each_factor_loses(self):
         study = made_up(lambda arm: 0.5 if arm.router == "flowguard" else 1.0, repeats=paper_verdicts.MIN_RUNS)
         text, _ = paper_report.report(study)

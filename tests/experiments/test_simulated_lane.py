@@ -322,6 +322,7 @@ class LikeARealPairTest(parameterized.TestCase):
             pair.num_pages,
             pair.prefill_store.num_free,
             pair.waiting_tiles,
+            pair.waiting_local_tiles,
             pair.prefill_store.tree.num_pages,
         )
 
