@@ -3,7 +3,7 @@
 COMMAND   python -m experiments.serve_trace --config=configs/serve_trace.py --request_rate=2
           python -m experiments.serve_trace --trace=FILE --num_prompts=200 --time_scale=S --length_scale=S
           (options: --burstiness=0.25 --ramp_up=linear --goodput=ttft:1000,tpot:100 --check_offline ...)
-DURATION  on two cores about three minutes of compilation and measurement, then as long as the arrivals take.
+DURATION  on two cores about four minutes of compilation and measurement, then as long as the arrivals take.
 EXPECTED  exit code 0: every request answered once, `compilations_after_warmup` 0, with --check_offline
           `offline_identical` equal to `offline_compared`; and routes.jsonl with every choice of a stream pair.
 """

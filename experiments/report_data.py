@@ -178,4 +178,5 @@ def _refuse(constant: str) -> None:
 
 def _damaged(path: pathlib.Path, error: Exception, where: str = "") -> RunError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = reason.removeprefix(f"{path}, ")  # readers of logs name the file, too
     return RunError(f"cannot read {str(path)!r}{where}: {' '.join(reason.split())[:300]}")

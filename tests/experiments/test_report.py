@@ -197,7 +197,7 @@ class InputTest(parameterized.TestCase):
         ("requests.jsonl", '{"lanes": 3}\n', "field 'lanes'"),
         ("requests.jsonl", '{"met": {"ttft": 1}}\n', "field 'met'"),
         ("routes.jsonl", "", "the file is empty"),
-        ("decisions.jsonl", '{"format": 1, "header": {}}\n{"lane": 0}\n', "decisions.jsonl, line 2"),
+        ("decisions.jsonl", '{"format": 1, "header": {}}\n{"lane": 0}\n', "/run/decisions.jsonl': line 2: KeyError"),
         ("decisions.jsonl", "[" * 100_000, "decisions.jsonl"),
     )
     def test_a_damaged_file_ends_with_one_line_that_names_it(self, name, text, message):
