@@ -96,7 +96,9 @@ def test_wherever_a_request_goes_its_tokens_are_the_same(engine, plain):
     llm.close()
     header, logged = read_routes(path)
     assert header["num_lanes"] == 2
-    assert len([one for one in logged if one.outcome is not None]) == len(metrics)
+    known = [one.outcome.answered for one in logged if one.outcome is not None]
+    assert known.count(True) == len(metrics)
+    assert known.count(False) <= sum(one.num_preemptions for one in metrics)  # on the pair that died
     assert any(one.route.local for one in logged)
     assert replay_routes(locally(2), logged, num_lanes=2, seed=llm.config.seed) == []
 

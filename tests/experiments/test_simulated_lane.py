@@ -242,7 +242,9 @@ class LuckTest(parameterized.TestCase):
         fleet = simulation(speculation=SYNTHETIC | {"acceptance": acceptance}, model={"max_model_len": 40})
         scheduler, _, _ = fleet.build("round_robin", seed=3)
         requests = [(0.0, make_request(str(index), (index, 1, 2), max_tokens=36)) for index in range(40)]
-        steps = [end.metrics for end in scheduler.serve(requests)]
+        ends = list(scheduler.serve(requests))
+        self.assertEqual({len(end.completion.token_ids) for end in ends}, {36}, "the end cuts what is accepted")
+        steps = [end.metrics for end in ends]
         # The last round of a row may be cut by its end.
         accepted = [count for one in steps for count in one.accepted_per_step[:-1]]
         self.assertAlmostEqual(1 + float(np.mean(accepted)), per_round, delta=0.08)
