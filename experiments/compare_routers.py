@@ -27,7 +27,7 @@ import streamserve
 from experiments import common, compare_depth, router_plan, router_report, router_runs, router_scenarios
 from experiments.router_plan import Plan
 from experiments.router_runs import Engine
-from streamserve import jsonl
+from streamserve import jsonl, mesh
 from streamserve.config import Config
 
 DEFAULT_CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "compare_routers.py"
@@ -120,6 +120,7 @@ def compare_on_engine(options: Options, make_engine: Callable[[Config], Engine])
     """
     plan = Plan(options.config, options.routers)
     duration_s = plan.on_engine.duration_s
+    mesh.request_cpu_devices(plan.engine.topology)  # the header names the devices, and looking fixes their number
     with _rows(options, plan, mode="engine") as write:
         for index, scenario in enumerate(plan.compared.scenarios):
             print(scenario, file=sys.stderr)

@@ -3,6 +3,9 @@
 import collections
 import dataclasses
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -467,6 +470,26 @@ def test_an_engine_runs_every_router_on_the_same_arrivals_in_interleaved_repeats
     assert served[0][1] != served[8][1], "each repeat has requests of its own"
     prompt = served[0][1][0][1]
     assert (prompt.params.ignore_eos, prompt.params.temperature) == (True, 0.0)
+
+
+def test_the_header_leaves_the_engine_as_many_host_devices_as_its_pairs_need(tmp_path):
+    # In a process of its own: this one has its devices already.
+    code = """
+import pathlib, sys
+import jax
+from configs import compare_routers as default_config
+from experiments import compare_routers
+
+def make_engine(config):
+    sys.exit(10 * config.topology.num_pairs + len(jax.devices()))
+
+values = default_config.get_config().to_dict()
+options = compare_routers.Options(config=values, output=pathlib.Path(sys.argv[1]))
+compare_routers.compare_on_engine(options, make_engine)
+"""
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "rows.jsonl")], cwd=root, check=False)
+    assert done.returncode == 24, "two pairs of two meshes, and a device for each"
 
 
 def test_rows_of_an_engine_say_what_failed_and_compiled(compare, capsys):
