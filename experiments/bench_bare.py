@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import attention, rotate
 from pallas_kernels.attention.xla import BLOCK_KEYS, MAX_ROW_KEYS
 from streamserve.kv.cache import append
 from streamserve.models.config import ModelConfig
-from streamserve.models.layers import rotary_angles, rotate
+from streamserve.models.layers import rotary_angles
 from streamserve.types import LayerKV
 
 _MASK = -1e30
@@ -95,14 +95,15 @@ def forward(
     norm = functools.partial(_rms_norm, eps=config.rms_norm_eps)
     position_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
     angle = rotary_angles(position_BT, config.rope, head_dim)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     x, after = params["embedding"][tokens_BT], []
     for index, layer in enumerate(layers):
         weights = params["layers"][index]
         qkv = jnp.einsum(
             "bte,egxd->btgxd", norm(x, weights["attention_norm"]["scale"]), weights["attention"]["qkv_kernel"]
         )
-        q = rotate(qkv[..., :heads, :].reshape(*x.shape[:2], -1, head_dim), angle)
-        layer = ops.write(layer, rotate(qkv[..., heads, :], angle), qkv[..., heads + 1, :], start_B)
+        q = rotate(qkv[..., :heads, :].reshape(*x.shape[:2], -1, head_dim), cos, sin)
+        layer = ops.write(layer, rotate(qkv[..., heads, :], cos, sin), qkv[..., heads + 1, :], start_B)
         mixed = ops.attend(q, layer, start_B).reshape(*x.shape[:2], -1)
         x = x + mixed @ weights["attention"]["out_kernel"].reshape(mixed.shape[-1], -1)
         both = jnp.einsum("bte,ezf->btzf", norm(x, weights["mlp_norm"]["scale"]), weights["mlp"]["gate_up_kernel"])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import append, attention
 from streamserve import mesh
 from streamserve.bandits import Policy
 from streamserve.config import PipeServeConfig, SchedulerConfig, TopologyConfig
@@ -65,7 +65,8 @@ def _forward(params, tokens_BT, kv: KVCache, start_B):
     position_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
     x_BTE = params["embed"][tokens_BT] + params["position"][position_BT]
     q, k, v = (jnp.einsum("bte,ehd->bthd", x_BTE, weight) for weight in params["qkv"])
-    layer = cache.append(kv.pool.layers[0], k, v, kv.table, start_B)
+    pages = kv.pool.layers[0]
+    layer = LayerKV(*append(pages.k, pages.v, k, v, kv.table, start_B))
     mixed_BTHD = attention(q, layer.k, layer.v, kv.table, start_B, scale=8**-0.5)
     after = KVCache(pool=KVPool(layers=(layer,)), table=kv.table)
     return x_BTE + jnp.einsum("bthd,hde->bte", mixed_BTHD, params["out"]), after

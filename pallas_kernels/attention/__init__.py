@@ -1,5 +1,11 @@
-"""Attention over a key/value cache: one door (`api.attention`), one specification (`reference.attention`)."""
+"""Attention over a paged key/value cache.
 
-from pallas_kernels.attention.api import attention
+`attention` and `rotate_and_write` are the doors (`api.py`), `reference.py` is the specification.
+"""
 
-__all__ = ["attention"]
+from pallas_kernels.attention.api import attention, rotate_and_write
+from pallas_kernels.attention.config import BlockConfig
+from pallas_kernels.attention.reference import KVScales
+from pallas_kernels.attention.xla import append, rotate
+
+__all__ = ["BlockConfig", "KVScales", "append", "attention", "rotate", "rotate_and_write"]

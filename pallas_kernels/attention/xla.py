@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention.reference import MASK_VALUE, SCRATCH_PAGE, visible
+from pallas_kernels.attention.reference import MASK_VALUE, SCRATCH_PAGE, KVScales, cap, visible
 
 # Keys of all rows that a loop step reads, and of a single row. More leave a core's caches between gather and use (8
 # rows of 512: 1.12 times the step, 32 rows of 512: 1.6 times); fewer pay for the loop (64 a row: up to 1.1 times).
@@ -41,13 +41,15 @@ def pages_per_block(batch: int, page_size: int) -> int:
 
 def attention(
     q_BTHD: Float[Array, "B T H D"],
-    k_NGPD: Float[Array, "N G P D"],
-    v_NGPD: Float[Array, "N G P D"],
+    k_NGPD: Float[Array, "N G P D"] | Int[Array, "N G P D"],
+    v_NGPD: Float[Array, "N G P D"] | Int[Array, "N G P D"],
     table_BM: Int[Array, "B M"],
     start_B: Int[Array, "B"],
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
+    scales: KVScales | None = None,
 ) -> Float[Array, "B T H D"]:
     """Same as `reference.attention`. X below is the M query heads of a group times T tokens."""
     batch, length, heads, head_dim = q_BTHD.shape
@@ -57,7 +59,8 @@ def attention(
     block, by_slices = pages * page_size, batch == 1 and pages <= MAX_SLICES
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % pages)))
     q_BTGMD = (scale * q_BTHD.astype(jnp.float32)).reshape(batch, length, kv_heads, group, head_dim)
-    q_BGXD = q_BTGMD.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * length, head_dim).astype(k_NGPD.dtype)
+    dtype = k_NGPD.dtype if scales is None else q_BTHD.dtype
+    q_BGXD = q_BTGMD.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * length, head_dim).astype(dtype)
     position_BX = jnp.tile(start_B[:, None] + jnp.arange(length)[None], (1, group))
     last_B = start_B + length - 1
 
@@ -69,24 +72,32 @@ def attention(
         part_BpGPD = pool_NGPD.at[page_Bp].get(mode="promise_in_bounds")
         return part_BpGPD.swapaxes(1, 2).reshape(batch, kv_heads, block, head_dim)
 
+    def factors(scale_NGP: jax.Array, page_Bp: jax.Array) -> jax.Array:
+        part_BpGP = scale_NGP.at[page_Bp].get(mode="promise_in_bounds")
+        return part_BpGP.swapaxes(1, 2).reshape(batch, kv_heads, 1, block)
+
     def pages_of(index: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(table_BM, index * pages, pages, axis=1)
 
     def attend(index: jax.Array, page_Bp: jax.Array, carry: _Carry) -> _Carry:
         key_c = index * block + jnp.arange(block)
-        k_BGcD, v_BGcD = fetch(k_NGPD, page_Bp), fetch(v_NGPD, page_Bp)
+        k_BGcD, v_BGcD = fetch(k_NGPD, page_Bp).astype(dtype), fetch(v_NGPD, page_Bp).astype(dtype)
         there_Bc = jnp.repeat(page_Bp != SCRATCH_PAGE, page_size, axis=1)
         reached_Bc = there_Bc & (key_c[None] <= last_B[:, None])
         v_BGcD = jnp.where(reached_Bc[:, None, :, None], v_BGcD, jnp.zeros((), v_BGcD.dtype))
         seen_BXc = visible(position_BX, key_c, window) & there_Bc[:, None]
         scores = jnp.einsum("bgxd,bgcd->bgxc", q_BGXD, k_BGcD, preferred_element_type=jnp.float32)
-        scores = jnp.where(seen_BXc[:, None], scores, MASK_VALUE)
+        if scales is not None:
+            scores = scores * factors(scales.k_NGP, page_Bp)
+        scores = jnp.where(seen_BXc[:, None], cap(scores, soft_cap), MASK_VALUE)
         peak_BGX = jnp.maximum(carry.peak_BGX, scores.max(axis=-1))
         rescale_BGX = jnp.exp(carry.peak_BGX - peak_BGX)
         weights = jnp.where(seen_BXc[:, None], jnp.exp(scores - peak_BGX[..., None]), 0.0)
-        new_BGXD = jnp.einsum(
-            "bgxc,bgcd->bgxd", weights.astype(v_BGcD.dtype), v_BGcD, preferred_element_type=jnp.float32
-        )
+        scaled = weights
+        if scales is not None:
+            reached = reached_Bc[:, None, None]
+            scaled = weights * jnp.where(reached, factors(scales.v_NGP, page_Bp), 0.0)
+        new_BGXD = jnp.einsum("bgxc,bgcd->bgxd", scaled.astype(dtype), v_BGcD, preferred_element_type=jnp.float32)
         return _Carry(
             out_BGXD=carry.out_BGXD * rescale_BGX[..., None] + new_BGXD,
             peak_BGX=peak_BGX,
@@ -113,3 +124,83 @@ def attention(
     out_BGXD = end.out_BGXD / jnp.maximum(end.total_BGX, 1.0)[..., None]
     out_BTGMD = out_BGXD.reshape(batch, kv_heads, group, length, head_dim).transpose(0, 3, 1, 2, 4)
     return out_BTGMD.reshape(q_BTHD.shape).astype(q_BTHD.dtype)
+
+
+def rotate_and_write(
+    qkv_BTGXD: Float[Array, "B T G X D"],
+    cos_BTd: Float[Array, "B T half"],
+    sin_BTd: Float[Array, "B T half"],
+    k_NGPD: Float[Array, "N G P D"],
+    v_NGPD: Float[Array, "N G P D"],
+    table_BM: Int[Array, "B M"],
+    start_B: Int[Array, "B"],
+) -> tuple[Float[Array, "B T H D"], Float[Array, "N G P D"], Float[Array, "N G P D"]]:
+    """Turn queries and keys by their positions, and write keys and values into pages.
+
+    Args:
+      qkv_BTGXD: of each group its M query heads, its key and its value (X = M + 2).
+      cos_BTd: float32 cosine of the angle by which the pair (i, i + D/2) of dimensions is turned.
+      sin_BTd: float32 sine of it.
+      k_NGPD: pages of keys.
+      v_NGPD: pages of values.
+      table_BM: the rows' pages.
+      start_B: position of each row's first token.
+
+    Returns:
+      The queries [B, T, H, D], and the pages with `T` more tokens a row.
+    """
+    q_BTGMD, k_BTGD, v_BTGD = qkv_BTGXD[..., :-2, :], qkv_BTGXD[..., -2, :], qkv_BTGXD[..., -1, :]
+    q_BTHD = q_BTGMD.reshape(*qkv_BTGXD.shape[:2], -1, qkv_BTGXD.shape[-1])
+    q_BTHD, k_BTGD = rotate(q_BTHD, cos_BTd, sin_BTd), rotate(k_BTGD, cos_BTd, sin_BTd)
+    return q_BTHD, *append(k_NGPD, v_NGPD, k_BTGD, v_BTGD, table_BM, start_B)
+
+
+def rotate(
+    x_BTHD: Float[Array, "B T H D"], cos_BTd: Float[Array, "B T half"], sin_BTd: Float[Array, "B T half"]
+) -> Float[Array, "B T H D"]:
+    """Rotate each pair (i, i + D/2) of dimensions (RoFormer, arXiv 2104.09864); in float32, in the input's dtype."""
+    cos, sin = cos_BTd[:, :, None], sin_BTd[:, :, None]
+    first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTHD.dtype)
+
+
+def append(
+    k_NGPD: Float[Array, "N G P D"],
+    v_NGPD: Float[Array, "N G P D"],
+    k_BTGD: Float[Array, "B T G D"],
+    v_BTGD: Float[Array, "B T G D"],
+    table_BM: Int[Array, "B M"],
+    start_B: Int[Array, "B"],
+) -> tuple[Float[Array, "N G P D"], Float[Array, "N G P D"]]:
+    """Write `T` new tokens a row at positions `start_B ...`, as the pages' dtype.
+
+    Undoing it is a change of the caller's lengths: what lies beyond a length is never read. Positions beyond the
+    table, and those whose table entry is the scratch page, go to the scratch page: nobody reads them.
+
+    Args:
+      k_NGPD: pages of keys.
+      v_NGPD: pages of values.
+      k_BTGD: new keys.
+      v_BTGD: new values.
+      table_BM: page of each row's m-th stretch of P positions.
+      start_B: first position of each row.
+    """
+    page_size, columns = k_NGPD.shape[2], table_BM.shape[1]
+    position_BT = start_B[:, None] + jnp.arange(k_BTGD.shape[1])[None]
+    column_BT = position_BT // page_size
+    page_BT = jnp.take_along_axis(table_BM, jnp.minimum(column_BT, columns - 1), axis=1)
+    page_BT = jnp.where(column_BT < columns, page_BT, SCRATCH_PAGE)
+    slot_BT = position_BT % page_size
+    if page_BT.size == 1:
+        # XLA makes an update of a slice of a single write, fuses that into the reading which follows, and then has to
+        # copy the pool in every step to keep what it was before (CPU, JAX 0.10). A second write, to the scratch page,
+        # keeps it a scatter, in place.
+        page_BT = jnp.pad(page_BT, ((0, 0), (0, 1)), constant_values=SCRATCH_PAGE)
+        slot_BT, k_BTGD, v_BTGD = (jnp.repeat(array, 2, axis=1) for array in (slot_BT, k_BTGD, v_BTGD))
+
+    def write(pool_NGPD: jax.Array, new_BTGD: jax.Array) -> jax.Array:
+        new = new_BTGD.astype(pool_NGPD.dtype)
+        return pool_NGPD.at[page_BT, :, slot_BT].set(new, mode="promise_in_bounds")
+
+    return write(k_NGPD, k_BTGD), write(v_NGPD, v_BTGD)

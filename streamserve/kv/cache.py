@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from streamserve.kv.pages import SCRATCH_PAGE
 from streamserve.types import KVCache, KVPages, KVPool, KVShape, LayerKV
 
 
@@ -24,39 +23,6 @@ def rows(shape: KVShape, batch: int, capacity: int, *, page_size: int = 64) -> K
     per_row = -(-capacity // page_size)
     table_BM = 1 + jnp.arange(batch * per_row, dtype=jnp.int32).reshape(batch, per_row)
     return KVCache(pool=zeros(shape, 1 + batch * per_row, page_size), table=table_BM)
-
-
-def append(layer: LayerKV, k_BTGD: jax.Array, v_BTGD: jax.Array, table_BM: jax.Array, start_B: jax.Array) -> LayerKV:
-    """Write `T` new tokens a row at positions `start_B ...`, as the pool's dtype.
-
-    Undoing it is a change of the caller's lengths: what lies beyond a length is never read. Positions beyond the
-    table, and those whose table entry is the scratch page, go to the scratch page: nobody reads them.
-
-    Args:
-      layer: pool of one layer, [N, G, P, D].
-      k_BTGD: new keys.
-      v_BTGD: new values.
-      table_BM: int32, page of each row's m-th stretch of P positions.
-      start_B: int32, first position of each row.
-    """
-    page_size, columns = layer.k.shape[2], table_BM.shape[1]
-    position_BT = start_B[:, None] + jnp.arange(k_BTGD.shape[1])[None]
-    column_BT = position_BT // page_size
-    page_BT = jnp.take_along_axis(table_BM, jnp.minimum(column_BT, columns - 1), axis=1)
-    page_BT = jnp.where(column_BT < columns, page_BT, SCRATCH_PAGE)
-    slot_BT = position_BT % page_size
-    if page_BT.size == 1:
-        # XLA makes an update of a slice of a single write, fuses that into the reading which follows, and then has to
-        # copy the pool in every step to keep what it was before (CPU, JAX 0.10). A second write, to the scratch page,
-        # keeps it a scatter, in place.
-        page_BT = jnp.pad(page_BT, ((0, 0), (0, 1)), constant_values=SCRATCH_PAGE)
-        slot_BT, k_BTGD, v_BTGD = (jnp.repeat(array, 2, axis=1) for array in (slot_BT, k_BTGD, v_BTGD))
-
-    def write(pool_NGPD: jax.Array, new_BTGD: jax.Array) -> jax.Array:
-        new = new_BTGD.astype(pool_NGPD.dtype)
-        return pool_NGPD.at[page_BT, :, slot_BT].set(new, mode="promise_in_bounds")
-
-    return LayerKV(k=write(layer.k, k_BTGD), v=write(layer.v, v_BTGD))
 
 
 def take_pages(pools: Any, page_n: jax.Array) -> Any:

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import attention
-from streamserve.kv import cache
+from pallas_kernels.attention import attention, rotate_and_write
+from streamserve.mesh import TENSOR_AXIS
 from streamserve.models.config import ModelConfig, RopeConfig, RopeType
 from streamserve.types import LayerKV
 
@@ -47,14 +47,6 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 def rotary_angles(position_BT: Int[Array, "B T"], rope: RopeConfig, head_dim: int) -> Float[Array, "B T half"]:
     """Angles in radians, float32, of each position and pair of dimensions."""
     return position_BT[..., None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)[None, None]
-
-
-def rotate(x_BTHD: Float[Array, "B T H D"], angle_BTd: Float[Array, "B T half"]) -> Float[Array, "B T H D"]:
-    """Rotate each pair (i, i + D/2) of dimensions by its angle; in float32, returned in the input's dtype."""
-    cos, sin = jnp.cos(angle_BTd)[:, :, None], jnp.sin(angle_BTd)[:, :, None]
-    first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTHD.dtype)
 
 
 def new_param(dtype: jax.typing.DTypeLike, *shape: int) -> nnx.Param:
@@ -119,31 +111,23 @@ class Attention(nnx.Module):
             qkv_BTGXD = jnp.einsum("bte,egxd->btgxd", x_BTE, self.qkv_kernel[...])
             if self.qkv_bias is not None:
                 qkv_BTGXD += self.qkv_bias[...][None, None]
-            q_BTHD = qkv_BTGXD[..., :M, :].reshape(*x_BTE.shape[:2], -1, D)
-            k_BTGD, v_BTGD = qkv_BTGXD[..., M, :], qkv_BTGXD[..., M + 1, :]
             if self.q_norm is not None and self.k_norm is not None:
-                q_BTHD, k_BTGD = self.q_norm(q_BTHD), self.k_norm(k_BTGD)
-        with jax.named_scope("rotary"):
+                q_BTGMD, k_BTGXD = self.q_norm(qkv_BTGXD[..., :M, :]), self.k_norm(qkv_BTGXD[..., M : M + 1, :])
+                qkv_BTGXD = jnp.concatenate([q_BTGMD, k_BTGXD, qkv_BTGXD[..., M + 1 :, :]], axis=-2)
+        with jax.named_scope("write"):
             position_BT = start_B[:, None] + jnp.arange(x_BTE.shape[1])[None]
             angle_BTd = rotary_angles(position_BT, self.config.rope, D)
-            q_BTHD, k_BTGD = rotate(q_BTHD, angle_BTd), rotate(k_BTGD, angle_BTd)
-        with jax.named_scope("cache"):
-            layer = cache.append(layer, k_BTGD, v_BTGD, table_BM, start_B)
-        mixed_BTHD = attention(
-            q_BTHD,
-            layer.k,
-            layer.v,
-            table_BM,
-            start_B,
-            scale=D**-0.5,
-            window=self.window,
-            implementation=self.implementation,
-        )
+            options = {"heads_axis": TENSOR_AXIS, "implementation": self.implementation}
+            q_BTHD, k_NGPD, v_NGPD = rotate_and_write(
+                qkv_BTGXD, jnp.cos(angle_BTd), jnp.sin(angle_BTd), layer.k, layer.v, table_BM, start_B, **options
+            )
+        mixed_BTHD = attention(q_BTHD, k_NGPD, v_NGPD, table_BM, start_B, scale=D**-0.5, window=self.window, **options)
         with jax.named_scope("output"):
             # As one matrix product: an einsum over (G, M, D) made XLA transpose the weight in every step on CPU.
             kernel = self.out_kernel[...]
             out_BTE = mixed_BTHD.reshape(*x_BTE.shape[:2], -1) @ kernel.reshape(-1, kernel.shape[-1])
-            return (out_BTE if self.out_bias is None else out_BTE + self.out_bias[...][None, None]), layer
+            out_BTE = out_BTE if self.out_bias is None else out_BTE + self.out_bias[...][None, None]
+            return out_BTE, LayerKV(k=k_NGPD, v=v_NGPD)
 
 
 class GatedMLP(nnx.Module):

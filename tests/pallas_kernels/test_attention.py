@@ -7,7 +7,7 @@ from absl.testing import parameterized
 
 from pallas_kernels.attention import api, attention
 
-FAST = tuple(name for name in api.IMPLEMENTATIONS if name != "reference")
+FAST = ("xla",)  # the kernels, interpreted, take seconds a shape: test_kernels.py has them
 
 
 def _inputs(batch, length, heads, kv_heads, head_dim, capacity, dtype=jnp.float32, seed=0):
@@ -58,21 +58,21 @@ class AttentionTest(parameterized.TestCase):
 
     @parameterized.product(implementation=tuple(api.IMPLEMENTATIONS))
     def test_a_single_visible_key_returns_its_value(self, implementation):
-        q, k, v = _inputs(2, 1, 4, 2, 8, 300)
+        q, k, v = _inputs(2, 1, 4, 2, 16, 300)
         out = _paged(q, k, v, jnp.zeros((2,), jnp.int32), scale=1.0, implementation=implementation)
         np.testing.assert_allclose(np.asarray(out)[:, 0], np.repeat(np.asarray(v)[:, :, 0], 2, axis=1), rtol=1e-6)
 
-    @parameterized.product(implementation=FAST)
+    @parameterized.product(implementation=("xla", "pallas"))
     def test_a_row_does_not_see_its_neighbours_length(self, implementation):
         # The batch stays as large: a matrix product of another shape may round differently.
-        q, k, v = _inputs(2, 2, 4, 2, 8, 900)
+        q, k, v = _inputs(2, 2, 4, 2, 16, 900)
         alone = _paged(q, k, v, jnp.array([40, 0]), scale=0.3, implementation=implementation)
         beside = _paged(q, k, v, jnp.array([40, 890]), scale=0.3, implementation=implementation)
         np.testing.assert_array_equal(np.asarray(alone)[0], np.asarray(beside)[0])
 
     @parameterized.product(implementation=tuple(api.IMPLEMENTATIONS), bad=(1e9, float("nan"), float("inf")))
     def test_what_lies_beyond_the_queries_is_never_read(self, implementation, bad):
-        q, k, v = _inputs(1, 2, 2, 1, 8, 300)
+        q, k, v = _inputs(1, 2, 2, 1, 16, 300)
         start = jnp.array([100])
         clean = _paged(q, k, v, start, scale=0.3, implementation=implementation)
         dirty = _paged(
@@ -82,7 +82,7 @@ class AttentionTest(parameterized.TestCase):
 
     @parameterized.parameters(
         ({"window": 0}, "window=0"),
-        ({"implementation": "triton"}, "unknown; known: xla, reference"),
+        ({"implementation": "triton"}, "unknown; known: xla, pallas, reference"),
     )
     def test_bad_arguments_are_named(self, arguments, message):
         q, k, v = _inputs(1, 1, 2, 1, 8, 16)

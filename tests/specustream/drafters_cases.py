@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from streamserve.kv import cache
+from pallas_kernels.attention import append
 from streamserve.specustream.depth import StopRule
 from streamserve.specustream.drafters import Drafter, DraftRows, draft_model, ngram, suffix, tli_fns
-from streamserve.types import Draft, ForwardFns, KVCache, KVPool, KVShape, RowContext, RowParams, StepPlan
+from streamserve.types import Draft, ForwardFns, KVCache, KVPool, KVShape, LayerKV, RowContext, RowParams, StepPlan
 
 VOCAB, DRAFT_VOCAB = 13, 9
 CAPACITY, PAGE, BATCH = 48, 8, 6
@@ -25,7 +25,8 @@ DRAFT_TOKENS = {f"t{12 - 2 * index}": index for index in range(5)} | {f"d{index}
 def _forward(params, tokens_BT, kv: KVCache, start_B):
     """Add up a number for every token in the pages up to each position: any wrong page, token or position shows."""
     token_BTGD = tokens_BT[..., None, None].astype(jnp.float32)
-    layer = cache.append(kv.pool.layers[0], token_BTGD, token_BTGD, kv.table, start_B)
+    pages = kv.pool.layers[0]
+    layer = LayerKV(*append(pages.k, pages.v, token_BTGD, token_BTGD, kv.table, start_B))
     token_BC = layer.k[kv.table].reshape(kv.table.shape[0], -1).astype(jnp.int32)
     position_C = jnp.arange(token_BC.shape[1])
     value_BCE = params["mix"][position_C[None] % 7, token_BC]

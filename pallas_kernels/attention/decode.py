@@ -1,0 +1,212 @@
+"""Attention of a few query tokens a row (decoding, and verifying drafts), bound by the bytes of keys and values.
+
+All query heads of a key/value head, times the query tokens, share a tile, so every key is read once. The keys of a
+row are divided into parts by its own length alone, as finely as keeps the device busy if the row is alone: what a row
+gets does not depend, to the last bit, on who else is in the batch. A fixed number of programs works off the parts of
+all rows, so that one long row among short ones is shared by all. Each part is a piece of a softmax in float32; a second
+kernel merges the pieces of each row.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import backend
+from pallas_kernels.attention import tile
+from pallas_kernels.attention.config import BlockConfig
+from pallas_kernels.attention.reference import MASK_VALUE, KVScales
+from pallas_kernels.attention.tile import Cut, KVRefs, Place, Rule
+
+MIN_PART_BLOCKS = 4  # loop steps of a part, at least: each costs a merge
+MERGED_AT_ONCE = 4096  # numbers of a query's parts that the merging kernel reads in one step: 32 a thread
+
+
+class Parts(NamedTuple):
+    """The division of all rows' keys, made anew on the device in every step.
+
+    Attributes:
+      plan: int32 [4, B]: number of parts of this row and those before it; the row's first key; its end; keys a part.
+      count: parts that there may be, at most.
+      programs: that work them off, for each key/value head and tile of heads.
+    """
+
+    plan: jax.Array
+    count: int
+    programs: int
+
+
+def divide_keys(
+    table_BM: jax.Array, start_B: jax.Array, *, length: int, page_size: int, window: int | None, block: int, most: int
+) -> Parts:
+    """Divide the keys of each row into at most `most` parts.
+
+    Args:
+      table_BM: int32, pages of the rows.
+      start_B: int32, position of each row's first query.
+      length: T.
+      page_size: P.
+      window: sliding window; keys before it are left out.
+      block: keys of a loop step; parts begin at multiples of it.
+      most: parts of a row.
+    """
+    end_B = tile.count_keys(table_BM, start_B, length, page_size)
+    first_B = jnp.zeros_like(end_B) if window is None else jnp.maximum(start_B - window + 1, 0) // block * block
+    keys_B = jnp.maximum(end_B - first_B, 0)
+    part_B = jnp.maximum(pl.cdiv(pl.cdiv(keys_B, most), block), MIN_PART_BLOCKS) * block
+    parts_B = pl.cdiv(keys_B, part_B)
+    batch = parts_B.shape[0]
+    upto_BB = jnp.arange(batch)[None] <= jnp.arange(batch)[:, None]
+    through_B = jnp.sum(jnp.where(upto_BB, parts_B[None], 0), axis=1)
+    plan = jnp.stack([through_B, first_B, end_B, part_B]).astype(jnp.int32)
+    count = batch * min(most, pl.cdiv(table_BM.shape[1] * page_size, MIN_PART_BLOCKS * block))
+    return Parts(plan=plan, count=count, programs=min(most, count))
+
+
+def _attend_kernel(
+    q_ref: Any,  # [B, T, H, D]
+    k_ref: Any,  # [N, G, P, D]
+    v_ref: Any,  # [N, G, P, D]
+    table_ref: Any,  # [B, M]
+    start_ref: Any,  # [B]
+    plan_ref: Any,  # [4, B]
+    *refs: Any,  # two of factors [N, G, P] or none; parts [W, T, H, D], peaks [W, T, H], totals [W, T, H]
+    rule: Rule,
+    cut: Cut,
+    block_keys: int,
+) -> None:
+    """Attend over every so-manieth part. Grid: programs, key/value heads, tiles of heads."""
+    *scale_refs, out_ref, peak_ref, total_ref = refs
+    kv = KVRefs(k_ref, v_ref, table_ref, *scale_refs)
+    dtype = tile.product_dtype(k_ref.dtype, q_ref.dtype)
+    batch, column_D = q_ref.shape[0], jnp.arange(q_ref.shape[-1])
+    program, programs = pl.program_id(0), pl.num_programs(0)
+    kv_head, head = pl.program_id(1), pl.program_id(2) * cut.heads
+    row_B = jnp.arange(backend.power_of_two(batch))
+    through_B = backend.load(plan_ref, (0, row_B), row_B < batch, jnp.iinfo(jnp.int32).max)
+
+    def work(turn: Any, carry: None) -> None:
+        part = program + turn * programs
+        done_B = through_B <= part
+        row, before = jnp.sum(done_B.astype(jnp.int32)), jnp.max(jnp.where(done_B, through_B, 0))
+        first, last, size = (backend.load(plan_ref, (line, row)) for line in (1, 2, 3))
+        begin = first + (part - before) * size
+        place = Place(row, kv_head, head, 0, backend.load(start_ref, (row,)))
+        queries = tile.load_queries(q_ref, place, cut, dtype)
+        bounds = (begin, None, jnp.minimum(begin + size, last))
+        sums = tile.attend(queries, kv, place, bounds, rule=rule, block_keys=block_keys)
+        at_X = (part, queries.token_X, queries.head_X)
+        at_XD = (part, queries.token_X[:, None], queries.head_X[:, None], column_D[None])
+        backend.store(out_ref, at_XD, sums.out_XD, queries.real_X[:, None])
+        backend.store(peak_ref, at_X, sums.peak_X, queries.real_X)
+        backend.store(total_ref, at_X, sums.total_X, queries.real_X)
+        return carry
+
+    total = backend.load(plan_ref, (0, batch - 1))
+    jax.lax.fori_loop(0, pl.cdiv(jnp.maximum(total - program, 0), programs), work, None)
+
+
+def _merge_kernel(
+    part_ref: Any,  # [W, T, H, D]
+    peak_ref: Any,  # [W, T, H]
+    total_ref: Any,  # [W, T, H]
+    plan_ref: Any,  # [4, B]
+    out_ref: Any,  # [B, T, H, D]
+    *,
+    at_once: int,
+) -> None:
+    """Merge the parts of one query: a softmax of softmaxes. Grid: rows, tokens, heads."""
+    row, token, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    through = backend.load(plan_ref, (0, row))
+    before = jnp.where(row > 0, backend.load(plan_ref, (0, jnp.maximum(row - 1, 0))), 0)
+    head_dim = out_ref.shape[-1]
+    column_D = jnp.arange(head_dim)
+
+    def step(index: Any, carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+        out_D, peak, total = carry
+        part_S = before + index * at_once + jnp.arange(at_once)
+        there_S = part_S < through
+        peak_S = backend.load(peak_ref, (part_S, token, head), there_S, MASK_VALUE)
+        total_S = backend.load(total_ref, (part_S, token, head), there_S)
+        out_SD = backend.load(part_ref, (part_S[:, None], token, head, column_D[None]), there_S[:, None])
+        new_peak = jnp.maximum(peak, jnp.max(peak_S))
+        weight_S = jnp.where(there_S, jnp.exp2(peak_S - new_peak), 0.0)
+        rescale = jnp.exp2(peak - new_peak)
+        out_D = out_D * rescale + jnp.sum(out_SD * weight_S[:, None], axis=0)
+        return out_D, new_peak, total * rescale + jnp.sum(total_S * weight_S)
+
+    begin = (jnp.zeros((head_dim,), jnp.float32), jnp.float32(MASK_VALUE), jnp.float32(0.0))
+    steps = pl.cdiv(through - before, at_once)
+    out_D, _, total = jax.lax.fori_loop(0, steps, step, begin)
+    out_D = out_D / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    backend.store(out_ref, (row, token, head, column_D), out_D, column_D >= 0)
+
+
+def attention(
+    q_BTHD: Float[Array, "B T H D"],
+    k_NGPD: Float[Array, "N G P D"] | Int[Array, "N G P D"],
+    v_NGPD: Float[Array, "N G P D"] | Int[Array, "N G P D"],
+    table_BM: Int[Array, "B M"],
+    start_B: Int[Array, "B"],
+    *,
+    rule: Rule,
+    scales: KVScales | None,
+    config: BlockConfig,
+    num_cores: int,
+    interpret: bool | None,
+) -> Float[Array, "B T H D"]:
+    """Same as `reference.attention`, for few tokens a row.
+
+    Args:
+      q_BTHD: queries.
+      k_NGPD: pages of keys.
+      v_NGPD: pages of values.
+      table_BM: the rows' pages.
+      start_B: position of each row's first query.
+      rule: of the scores.
+      scales: of the pages' numbers.
+      config: block sizes.
+      num_cores: of the GPU; `config.programs_per_core` programs run on each.
+      interpret: run the kernels in plain JAX; None does so where there is no GPU.
+    """
+    batch, length, heads, head_dim = q_BTHD.shape
+    kv_heads, page_size = k_NGPD.shape[1:3]
+    cut = tile.cut(heads // kv_heads, length, config.block_rows)
+    if cut.token_tiles > 1:
+        raise ValueError(f"{config.block_rows=} must hold the {length} tokens of a row")
+    parts = divide_keys(
+        table_BM,
+        start_B,
+        length=length,
+        page_size=page_size,
+        window=rule.window,
+        block=config.block_keys,
+        most=pl.cdiv(num_cores * config.programs_per_core, kv_heads * cut.head_tiles),
+    )
+    whole = jax.ShapeDtypeStruct((parts.count, length, heads, head_dim), jnp.float32)
+    number = jax.ShapeDtypeStruct((parts.count, length, heads), jnp.float32)
+    factors = () if scales is None else tuple(scales)
+    attend = backend.call(
+        functools.partial(_attend_kernel, rule=rule, cut=cut, block_keys=config.block_keys),
+        name="paged_decode",
+        grid=(parts.programs, kv_heads, cut.head_tiles),
+        inputs=6 + len(factors),
+        out_shape=(whole, number, number),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+    )
+    merge = backend.call(
+        functools.partial(_merge_kernel, at_once=min(MERGED_AT_ONCE // head_dim, backend.power_of_two(parts.count))),
+        name="paged_decode_merge",
+        grid=(batch, length, heads),
+        inputs=4,
+        out_shape=jax.ShapeDtypeStruct(q_BTHD.shape, q_BTHD.dtype),
+        num_warps=4,
+        num_stages=1,
+        interpret=interpret,
+    )
+    return merge(*attend(q_BTHD, k_NGPD, v_NGPD, table_BM, start_B, parts.plan, *factors), parts.plan)
