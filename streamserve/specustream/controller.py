@@ -96,8 +96,8 @@ class SpecuStream:
         self._measured, self._slots, self._rounds, self._seed, self._lane = costs, slots, rounds, seed, lane
         self._way, self._log = way or DraftWay(), log
         self._pinned: tuple[int, int] | None = None
-        self._holder_B = np.full(slots, NOT_RUN, np.int64)
-        self._missed_B = np.zeros(slots, np.int64)  # rounds in which each slot's holder ran and nothing was drafted
+        self._tiers.setflags(write=False)
+        self._missed: dict[int, int] = {}  # by holder: rounds in which it ran and nothing was drafted
         self.use(policy)
 
     def use(self, policy: Policy) -> None:
@@ -147,11 +147,10 @@ class SpecuStream:
             plan, logged = Plan(arm, 1.0, np.full(self._slots, depth, np.int32)), None
         tier = int(self._tiers[plan.arm])
         self._previous = plan.arm
-        held_B = context.holder_B != NOT_RUN
-        if plan.depth_B[held_B].any():
-            self._missed_B[:] = 0
+        if any(plan.depth_B[slot] for slot in load.holders):
+            self._missed = dict.fromkeys(self._missed, 0)
         else:
-            self._missed_B[held_B] += self._rounds
+            self._missed = {holder: missed + self._rounds for holder, missed in self._missed.items()}
         step_plan = StepPlan(
             depth=_array(np.int32, plan.depth_B),
             rule=_array(np.int32, plan.rule),
@@ -176,11 +175,12 @@ class SpecuStream:
         rounds = stats.rounds
         if len(self._tiers) > 1 and rounds:
             # What a row leaves out would make a round look cheap, and what a drafter catches up dear.
-            whole = plan.rule == StopRule.NEVER and bool((plan.depth_B == self._tiers[plan.arm]).all())
+            whole = plan.rule == StopRule.NEVER and not np.count_nonzero(plan.depth_B != ticket.tier)
             if whole and not context.switch_A[plan.arm]:
                 self._costs.observe(ticket.slots, context.mean_length, plan.arm, seconds / rounds)
-            longest_s = _STALL * (rounds * context.cost_A[plan.arm] + context.switch_A[plan.arm])
-            stats = stats._replace(seconds=min(seconds, float(longest_s)))
+            longest_s = float(_STALL * (rounds * context.cost_A[plan.arm] + context.switch_A[plan.arm]))
+            if seconds > longest_s:
+                stats = stats._replace(seconds=longest_s)
         if ticket.chooser is not self._chooser:
             return  # it was not this policy's choice
         self._policy.update(context, plan, stats)
@@ -190,11 +190,9 @@ class SpecuStream:
 
     def _context(self, load: LaneLoad, slots: int) -> DepthContext:
         cost_A, draft_A = self._costs.lookup(slots, load.mean_length)
-        holder_B = np.full(self._slots, NOT_RUN, np.int64)
-        for slot, holder in load.holders.items():
-            holder_B[slot] = holder
-        self._missed_B[holder_B != self._holder_B] = 0  # whoever comes into a slot brings a drafter that has read all
-        self._holder_B = holder_B
+        holder_B = np.array([load.holders.get(slot, NOT_RUN) for slot in range(self._slots)], np.int64)
+        # Whoever comes into a slot brings a drafter that has read all.
+        self._missed = {holder: self._missed.get(holder, 0) for holder in load.holders.values()}
         context = DepthContext(
             tiers_A=self._tiers,
             holder_B=holder_B,
@@ -208,7 +206,7 @@ class SpecuStream:
             mean_length=load.mean_length,
             cached=load.cached,
         )
-        for array in (self._tiers, holder_B, cost_A, draft_A, context.switch_A):
+        for array in (holder_B, cost_A, draft_A, context.switch_A):
             array.setflags(write=False)  # a policy that changes what it sees would falsify its own log
         if self._way.process is None:
             return context
@@ -219,7 +217,7 @@ class SpecuStream:
 
     def _switch_prices(self, draft_A: np.ndarray) -> np.ndarray:
         """Price what the drafter has to read before it can draft again: a pass of it costs about two of one token."""
-        missed = self._missed_B.max()
+        missed = max(self._missed.values())
         if not self._way.catches_up or not missed:
             return np.zeros(len(self._tiers))
         passes = -(-missed // READ_WIDTH)

@@ -113,7 +113,7 @@ class StepStats(NamedTuple):
     @property
     def rounds(self) -> int:
         """Rounds that ran, of any row."""
-        return int(self.ran_BR.any(axis=0).sum())
+        return sum(map(any, self.ran_BR.T.tolist()))
 
     @property
     def row_rounds(self) -> int:
@@ -137,7 +137,7 @@ def whole(context: DepthContext, arm: int, propensity: float = 1.0) -> Plan:
     """
     if not 0 <= arm < len(context.tiers_A):
         raise ValueError(f"the depth policy chose arm {arm}; there are {len(context.tiers_A)}, from 0")
-    depth_B = np.full(len(context.holder_B), context.tiers_A[arm], np.int32)
+    depth_B = np.array([int(context.tiers_A[arm])] * len(context.holder_B), np.int32)
     return Plan(arm=int(arm), propensity=float(propensity), depth_B=depth_B)
 
 

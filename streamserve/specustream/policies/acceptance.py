@@ -50,10 +50,11 @@ def observe(stats: StepStats) -> tuple[np.ndarray, np.ndarray]:
     """
     ran_BR = stats.ran_BR
     kept_BR = np.maximum(stats.accepted_BR, 0)
-    tried_BR = np.minimum(np.maximum(stats.drafted_BR, 0), kept_BR + 1)
-    lost_B = ((kept_BR + 1) * ran_BR).sum(axis=1) - stats.emitted_B
-    ended = np.flatnonzero((lost_B > 0) & ran_BR.any(axis=1))
-    if ended.size:
+    verified_BR = kept_BR + 1
+    tried_BR = np.minimum(np.maximum(stats.drafted_BR, 0), verified_BR)
+    lost_B = np.vecdot(verified_BR, ran_BR) - stats.emitted_B
+    if np.count_nonzero(lost_B > 0):
+        ended = np.flatnonzero((lost_B > 0) & ran_BR.any(axis=1))
         last = ran_BR.shape[1] - 1 - np.argmax(ran_BR[ended, ::-1], axis=1)
         kept_BR[ended, last] = np.maximum(kept_BR[ended, last] + 1 - lost_B[ended], 0)
         tried_BR[ended, last] = kept_BR[ended, last]

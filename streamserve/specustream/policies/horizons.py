@@ -11,7 +11,9 @@ vanishes and another horizon takes over within some ticks of a change. The short
 what the prior says: it is the hypothesis that everything has changed.
 """
 
+import itertools
 import math
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -69,8 +71,11 @@ def drafted_tokens(known: Horizons, tiers_A: np.ndarray) -> tuple[np.ndarray, np
     Returns:
       mean_A and deviation_A, tokens.
     """
-    survival_HK = np.cumsum(np.cumprod(known.mean_HK, axis=1), axis=1)
-    tokens_HA = survival_HK[:, np.maximum(tiers_A, 1) - 1] * (tiers_A > 0)
+    tiers, tokens = tiers_A.tolist(), []
+    for mean_K in known.mean_HK.tolist():
+        by_depth = [0.0, *itertools.accumulate(itertools.accumulate(mean_K, operator.mul))]
+        tokens += [by_depth[tier] for tier in tiers]
+    tokens_HA = np.array(tokens).reshape(-1, len(tiers))
     mean_A = known.weight_H @ tokens_HA
     return mean_A, np.sqrt(known.weight_H @ (tokens_HA - mean_A) ** 2)
 
@@ -81,8 +86,10 @@ def learn(known: Horizons, stats: StepStats, by: Learning) -> Horizons:
     Counts fade whether or not the tick drafted, so that after a pause the shortest horizon expects what the prior says.
     But predictions stand until a draft is verified: that time has passed is no evidence.
     """
-    accepted_K, tried_K = (_reached(count_BR, known.mean_HK.shape[1]) for count_BR in observe(stats))
-    keep_H1, total = np.array(by.keep)[:, None], int(tried_K.sum())
+    kept_BR, tried_BR = observe(stats)
+    num_positions = known.mean_HK.shape[1]
+    accepted_K, tried_K = _reached(kept_BR, num_positions), _reached(tried_BR, num_positions)
+    keep_H1, total = np.array(by.keep)[:, None], sum(tried_K.tolist())
     accepted_HK, tried_HK = keep_H1 * known.accepted_HK, keep_H1 * known.tried_HK
     if not total:
         return known._replace(accepted_HK=accepted_HK, tried_HK=tried_HK)
@@ -96,7 +103,7 @@ def learn(known: Horizons, stats: StepStats, by: Learning) -> Horizons:
 def _reached(count_BR: np.ndarray, num_positions: int) -> np.ndarray:
     """Count in how many rounds each position was among the first `count`, [K]."""
     histogram = np.bincount(count_BR.ravel(), minlength=num_positions + 1)
-    return histogram[::-1].cumsum()[::-1][1 : num_positions + 1]
+    return histogram[::-1].cumsum()[::-1][1 : num_positions + 1].astype(np.float64)
 
 
 def _share(weights: list[float], scores: list[float], temper: float, share: float) -> np.ndarray:
@@ -109,11 +116,10 @@ def _share(weights: list[float], scores: list[float], temper: float, share: floa
 
 def _posterior(accepted_HK: np.ndarray, tried_HK: np.ndarray, by: Learning) -> np.ndarray:
     """Give each position's mean acceptance; in floats: numpy takes tenfold for a recurrence."""
-    rows, weight = [], by.prior_weight
+    means, weight = [], by.prior_weight
     for accepted_K, tried_K in zip(accepted_HK.tolist(), tried_HK.tolist(), strict=True):
-        mean, row = by.prior, []
+        mean = by.prior
         for accepted, tried in zip(accepted_K, tried_K, strict=True):
             mean = (accepted + weight * mean) / (tried + weight)
-            row.append(mean)
-        rows.append(row)
-    return np.array(rows).clip(_EDGE, 1 - _EDGE)
+            means.append(mean)
+    return np.array(means).reshape(accepted_HK.shape).clip(_EDGE, 1 - _EDGE)

@@ -1,7 +1,5 @@
 """What a tick was worth, as one number."""
 
-import numpy as np
-
 from streamserve.specustream.depth import StepStats
 
 _SHORTEST = 1e-9  # s; below it the clock has not measured anything
@@ -19,7 +17,7 @@ def timed(stats: StepStats) -> bool:
 
 def tokens(stats: StepStats) -> int:
     """Tokens that all rows emitted; a slot that did not run may hold NOT_RUN."""
-    return int(np.maximum(stats.emitted_B, 0).sum())
+    return sum(max(emitted, 0) for emitted in stats.emitted_B.tolist())
 
 
 def tokens_per_verification(stats: StepStats) -> float:

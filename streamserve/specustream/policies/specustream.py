@@ -19,6 +19,7 @@ from streamserve.bandits import Policy
 from streamserve.config import SpecuStreamConfig
 from streamserve.specustream.depth import NOT_RUN, DepthContext, Plan, StepStats, whole
 from streamserve.specustream.policies import horizons as acceptance
+from streamserve.specustream.policies import rewards
 from streamserve.specustream.policies.horizons import Horizons, Learning
 from streamserve.specustream.policies.plans import SHORTEST_S
 
@@ -83,7 +84,9 @@ def specustream(tiers: tuple[int, ...], slots: int, **coefficients: Any) -> Poli
     def update(state: State, context: DepthContext, plan: Plan, stats: StepStats) -> State:
         known = acceptance.learn(state.known, stats, learning)
         residual_2A = keep[-1] * state.residual_2A
-        residual_2A[:, plan.arm] += _surprise(context, plan, stats, by.clip)
+        log_ratio, ticks = _surprise(context, plan, stats, by.clip)
+        residual_2A[0, plan.arm] += log_ratio
+        residual_2A[1, plan.arm] += ticks
         state = state._replace(known=known, residual_2A=residual_2A)
         if tiers[plan.arm] > 0 or not stats.rounds:
             return state
@@ -96,7 +99,8 @@ def predicted_goodput(state: State, context: DepthContext, by: SpecuStreamConfig
     """Predict tokens a second and row of each arm, [A]."""
     mean_A, deviation_A = acceptance.drafted_tokens(state.known, context.tiers_A)
     total_A, ticks_A = state.residual_2A
-    pooled = total_A.sum() / (ticks_A.sum() + by.likeness)
+    total, ticks = state.residual_2A.sum(axis=1).tolist()
+    pooled = total / (ticks + by.likeness)
     factor_A = np.exp((total_A + by.likeness * pooled) / (ticks_A + by.likeness))
     seconds_A = np.maximum(context.cost_A + context.switch_A / by.amortise, SHORTEST_S)
     return (1 + np.maximum(mean_A - by.caution * deviation_A, 0)) * factor_A / seconds_A
@@ -133,12 +137,13 @@ def _maybe_explore(
     arm: int, goodput_A: np.ndarray, context: DepthContext, noise_2: np.ndarray, by: SpecuStreamConfig
 ) -> Plan:
     """Run one of those arms that are nearly as good as the best instead, rarely."""
-    near = np.flatnonzero(goodput_A >= (1 - by.margin) * goodput_A.max())
+    goodputs = goodput_A.tolist()
+    least = (1 - by.margin) * max(goodputs)
+    near = [index for index, goodput in enumerate(goodputs) if goodput >= least]
     chosen = arm
     if noise_2[0] < by.explore:
-        chosen = int(near[min(int(noise_2[1] * len(near)), len(near) - 1)])
-    is_near = bool((near == chosen).any())
-    return whole(context, chosen, by.explore / len(near) * is_near + (1 - by.explore) * (chosen == arm))
+        chosen = near[min(int(noise_2[1] * len(near)), len(near) - 1)]
+    return whole(context, chosen, by.explore / len(near) * (chosen in near) + (1 - by.explore) * (chosen == arm))
 
 
 def _surprise(context: DepthContext, plan: Plan, stats: StepStats, clip: float) -> tuple[float, float]:
@@ -149,7 +154,7 @@ def _surprise(context: DepthContext, plan: Plan, stats: StepStats, clip: float) 
     Returns:
       Logarithm of the ratio, and 1; zeros where nothing was measured.
     """
-    emitted = int(np.maximum(stats.emitted_B, 0).sum())
+    emitted = rewards.tokens(stats)
     verified = int(np.maximum(stats.accepted_BR, 0).sum()) + stats.row_rounds
     predicted_s = stats.rounds * float(context.cost_A[plan.arm]) + float(context.switch_A[plan.arm])
     if not min(emitted, verified, stats.seconds, predicted_s) > 0:
