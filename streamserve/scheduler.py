@@ -25,7 +25,8 @@ import jax
 
 from streamserve.config import SchedulerConfig
 from streamserve.flowguard import Ask, FlowGuard, RouteOutcome
-from streamserve.lane import Lane, LaneCounters
+from streamserve.lane import Lane
+from streamserve.lane_counters import LaneCounters, total
 from streamserve.lifecycle import State
 from streamserve.pair_protocol import Pair
 from streamserve.sequence import RunningRequest
@@ -263,11 +264,7 @@ class StreamScheduler:
 
     def counters(self) -> LaneCounters:
         """Sum the lanes' counters."""
-        total = LaneCounters()
-        for lane in self.lanes:
-            for name, value in vars(lane.counters).items():
-                setattr(total, name, getattr(total, name) + value)
-        return total
+        return total(lane.counters for lane in self.lanes)
 
     # --- parts of a pass
 

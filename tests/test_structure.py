@@ -36,9 +36,15 @@ ALLOWED = {
     "audit": ROOT_RECORDS,
     "lane_log": {"trace"},
     "lane_meter": ROOT_RECORDS,
-    "lane": ROOT_RECORDS | {"sequence", "lifecycle", "trace", "lane_log", "lane_meter", "pair_protocol", "specustream"},
+    "lane_counters": set(),
+    "lane_prompts": {"sequence", "lane_log", "lane_meter", "lane_counters", "pair_protocol"},
+    "lane_slots": {"sequence", "lane_log", "lane_meter", "lane_counters", "pair_protocol", "specustream"},
+    "lane": ROOT_RECORDS
+    | {"sequence", "lifecycle", "trace", "lane_log", "lane_meter", "lane_counters", "lane_prompts", "lane_slots"}
+    | {"pair_protocol", "specustream"},
     "scheduler": ROOT_RECORDS
-    | {"flowguard", "specustream", "sequence", "lane", "pair_protocol", "lifecycle", "trace", "waiting"},
+    | {"flowguard", "specustream", "sequence", "lane", "lane_counters", "pair_protocol"}
+    | {"lifecycle", "trace", "waiting"},
     "parts": ROOT_RECORDS
     | {"mesh", "bandits", "flowguard", "models", "pair_protocol", "pipeserve", "specustream", "tokenizer"},
     "prompts": ROOT_RECORDS | {"scheduler", "tokenizer"},
