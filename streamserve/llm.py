@@ -16,6 +16,7 @@ import tqdm
 from streamserve import mesh as meshes
 from streamserve import parts
 from streamserve.config import BUNDLED_TARGET, Config, from_mapping
+from streamserve.ending import Finished, Refused
 from streamserve.flowguard import RouteLog
 from streamserve.lifecycle import State
 from streamserve.metrics import EngineStats
@@ -23,7 +24,7 @@ from streamserve.models import resolve_path
 from streamserve.pipeserve import CompilationCounter, StreamPair, persistent_cache, warm_up
 from streamserve.prompts import EngineLimits, OpenPrompt, PromptLike, PromptReader, as_prompt, is_one_prompt
 from streamserve.sampling_params import SamplingParams
-from streamserve.scheduler import Finished, Refused, StreamScheduler
+from streamserve.scheduler import StreamScheduler
 from streamserve.sequence import RunningRequest
 from streamserve.specustream import DecisionLog, SpecuStream
 from streamserve.tokenizer import TextStream, load_eos_ids, load_tokenizer

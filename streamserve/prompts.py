@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamserve.config import PipeServeConfig
+from streamserve.ending import Finished, Refused
 from streamserve.sampling_params import SamplingParams
-from streamserve.scheduler import Finished, Refused
 from streamserve.tokenizer import Tokenizer
 from streamserve.types import Prompt, Request, RequestOutput
 

@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from streamserve.ending import Finished
 from streamserve.kv.pages import PREFIX_CACHE, Owner, Stage
 from streamserve.lane import Lane
 from streamserve.lifecycle import State
 from streamserve.pipeserve import StreamPair
 from streamserve.pipeserve.prefiller import PrefillCall, PrefillTask
 from streamserve.pipeserve.store import PageStore
-from streamserve.scheduler import Finished, StreamScheduler
+from streamserve.scheduler import StreamScheduler
 from streamserve.types import Job, Request
 from tests.doubles import assert_empty
 from tests.fake_programs import POISON, FakeArray, FakeClock, fake_scheduler
@@ -256,7 +257,7 @@ class Bench:
         """Where a request is."""
         if request_id in self.ends:
             return self.ends[request_id].state
-        return self.scheduler._known[request_id].life.state
+        return self.scheduler._roster.known[request_id].life.state
 
     def until(self, request_id: str, state: State, *, limit: int = 3000) -> None:
         """Go on until a request is in a state."""
@@ -281,7 +282,7 @@ class Bench:
 
 def audit(scheduler: StreamScheduler) -> None:
     """Assert that each request is in one place, and that each page has the owner and readers that the books say."""
-    known, waiting = scheduler._known, scheduler._queue._entries
+    known, waiting = scheduler._roster.known, scheduler._roster.queue._entries
     places = list(waiting)
     for lane in scheduler.lanes:
         tasks, holders = lane._prompts.tasks, lane._slots.holders

@@ -10,9 +10,9 @@ import numpy as np
 from absl.testing import parameterized
 from scipy import stats
 
+from streamserve.ending import Refused
 from streamserve.kv import cache
 from streamserve.pipeserve import CompilationCounter, CompilationError, packing
-from streamserve.scheduler import Refused
 from streamserve.types import Job
 from tests import doubles
 from tests.doubles import VOCAB, make_request, plain_greedy, serve, tiny_pairs, tiny_params

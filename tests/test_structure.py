@@ -21,6 +21,8 @@ ALLOWED = {
     "trace": set(),
     "lifecycle": set(),
     "waiting": ROOT_RECORDS,
+    "ending": ROOT_RECORDS | {"lifecycle"},
+    "roster": ROOT_RECORDS | {"sequence", "waiting"},
     "jsonl": ROOT_RECORDS,
     "workload": ROOT_RECORDS | {"jsonl", "workload_fields"},
     "workload_fields": ROOT_RECORDS,
@@ -44,10 +46,10 @@ ALLOWED = {
     | {"pair_protocol", "specustream"},
     "scheduler": ROOT_RECORDS
     | {"flowguard", "specustream", "sequence", "lane", "lane_counters", "pair_protocol"}
-    | {"lifecycle", "trace", "waiting"},
+    | {"lifecycle", "trace", "roster", "ending"},
     "parts": ROOT_RECORDS
     | {"mesh", "bandits", "flowguard", "models", "pair_protocol", "pipeserve", "specustream", "tokenizer"},
-    "prompts": ROOT_RECORDS | {"scheduler", "tokenizer"},
+    "prompts": ROOT_RECORDS | {"ending", "tokenizer"},
 }
 EVERYTHING = {"llm", "__init__"}
 
