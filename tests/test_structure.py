@@ -47,8 +47,11 @@ ALLOWED = {
     "scheduler": ROOT_RECORDS
     | {"flowguard", "specustream", "sequence", "lane", "lane_counters", "pair_protocol"}
     | {"lifecycle", "trace", "roster", "ending"},
-    "parts": ROOT_RECORDS
-    | {"mesh", "bandits", "flowguard", "models", "pair_protocol", "pipeserve", "specustream", "tokenizer"},
+    "parts": ROOT_RECORDS | {"bandits", "flowguard", "models", "specustream"},
+    "assembly": ROOT_RECORDS
+    | {"mesh", "flowguard", "models", "pair_protocol", "parts", "pipeserve", "specustream", "tokenizer"},
+    "lane_costs": ROOT_RECORDS | {"models", "pipeserve", "specustream"},
+    "engine_logs": ROOT_RECORDS | {"flowguard", "specustream", "trace"},
     "prompts": ROOT_RECORDS | {"ending", "tokenizer"},
 }
 EVERYTHING = {"llm", "__init__"}
