@@ -15,7 +15,7 @@ from experiments.router_capacity import LaneFacts
 from experiments.router_clock import LaneCosts, VirtualClock
 from experiments.router_scenarios import Ask
 from experiments.simulated_lane import SimulatedPair
-from streamserve import metrics, parts
+from streamserve import assembly, metrics
 from streamserve.config import Config
 from streamserve.flowguard import Objective, RouteLog, RouteOutcome, is_good
 from streamserve.pipeserve import Handicap, HandicappedPair
@@ -141,12 +141,12 @@ class Simulation:
             )
             for index, lane in enumerate(self.lanes)
         ]
-        bare: Any = pairs  # `parts` asks of a pair for no more than these have
+        bare: Any = pairs  # `assembly` asks of a pair for no more than these have
         scheduler = StreamScheduler(
             [_handicapped(pair, lane, clock) for pair, lane in zip(pairs, self.lanes, strict=True)],
-            parts.make_flowguard(config, log),
+            assembly.make_flowguard(config, log),
             config.scheduler,
-            specustreams=parts.make_specustreams(config, bare, self.rounds, None),
+            specustreams=assembly.make_specustreams(config, bare, self.rounds, None),
             max_prefills=config.pipeserve.max_prefills,
             keeps_pages=config.pipeserve.preemption == "keep",
             start=_start,

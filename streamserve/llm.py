@@ -4,7 +4,6 @@ The only module that knows all components. What it decides is which factory stan
 becomes requests and requests become an output; everything else is the components' own.
 """
 
-import dataclasses
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,21 +12,22 @@ from typing import Any
 import jax
 import tqdm
 
+from streamserve import assembly, parts
 from streamserve import mesh as meshes
-from streamserve import parts
 from streamserve.config import BUNDLED_TARGET, Config, from_mapping
-from streamserve.flowguard import RouteLog
+from streamserve.ending import Finished
+from streamserve.engine_logs import EngineLogs
+from streamserve.lane_costs import lane_costs
 from streamserve.lifecycle import State
 from streamserve.metrics import EngineStats
 from streamserve.models import resolve_path
 from streamserve.pipeserve import CompilationCounter, StreamPair, persistent_cache, warm_up
-from streamserve.prompts import EngineLimits, OpenPrompt, PromptLike, PromptReader, as_prompt, is_one_prompt
+from streamserve.prompts import EngineLimits, OpenPrompts, PromptLike, PromptReader
 from streamserve.sampling_params import SamplingParams
-from streamserve.scheduler import Finished, Refused, StreamScheduler
+from streamserve.scheduler import StreamScheduler
 from streamserve.sequence import RunningRequest
-from streamserve.specustream import DecisionLog, SpecuStream
+from streamserve.specustream import SpecuStream
 from streamserve.tokenizer import TextStream, load_eos_ids, load_tokenizer
-from streamserve.trace import NullTracer, TraceWriter
 from streamserve.types import LaneStats, Prompt, Request, RequestOutput
 
 
@@ -104,7 +104,7 @@ class LLM:
             },
         )
         self._build(config, use_tqdm=use_tqdm)
-        self._begin()
+        self._begin(EngineLogs(config))
 
     @classmethod
     def from_config(
@@ -127,13 +127,7 @@ class LLM:
         """
         llm = cls.__new__(cls)
         llm._build(config, use_tqdm=use_tqdm)
-        if trace is not None:
-            llm._tracer = TraceWriter(trace, epoch_s=time.monotonic())
-        if decisions is not None:
-            llm._decisions = DecisionLog(decisions, header=parts.log_header(config))
-        if routes is not None:
-            llm._routes = RouteLog(routes, header=parts.route_header(config))
-        llm._begin()
+        llm._begin(EngineLogs(config, trace=trace, decisions=decisions, routes=routes))
         return llm
 
     def _build(self, config: Config, *, use_tqdm: bool) -> None:
@@ -146,9 +140,9 @@ class LLM:
         own_eos = () if self.tokenizer is None else self.tokenizer.eos_ids
         meshes.request_cpu_devices(config.topology)
         pairs = meshes.make_pairs(config.topology, jax.devices())
-        target = parts.load_target(config, pairs[0].prefill)
-        draft = parts.load_draft(config, target, self.tokenizer, pairs[0].prefill)
-        self.max_model_len = parts.max_model_len(config, target, draft)
+        target = assembly.load_target(config, pairs[0].prefill)
+        draft = assembly.load_draft(config, target, self.tokenizer, pairs[0].prefill)
+        self.max_model_len = assembly.max_model_len(config, target, draft)
         limits = EngineLimits(
             max_model_len=self.max_model_len,
             vocab_size=target.config.vocab_size,
@@ -157,31 +151,29 @@ class LLM:
             pipeserve=config.pipeserve,
         )
         self._prompts = PromptReader(self.tokenizer, limits)
-        self._pairs = parts.make_pairs(config, pairs, target, draft, self.max_model_len)
+        self._pairs = assembly.make_pairs(config, pairs, target, draft, self.max_model_len)
         begin_s = time.monotonic()
         with persistent_cache(config.compilation_cache_dir):
             self._num_programs = warm_up(self._pairs, use_tqdm=use_tqdm)
-        self._costs = parts.lane_costs(config, self._pairs, target, draft, use_tqdm=use_tqdm)
+        self._costs = lane_costs(config, self._pairs, target, draft, use_tqdm=use_tqdm)
         self._warmup_s = time.monotonic() - begin_s
-        self._tracer, self._decisions, self._routes = NullTracer(), None, None
 
-    def _begin(self) -> None:
+    def _begin(self, logs: EngineLogs) -> None:
         """Wire the parts."""
-        config = self.config
-        self._specustreams = parts.make_specustreams(config, self._pairs, self._costs, self._decisions)
-        self._flowguard = parts.make_flowguard(config, self._routes)
+        config, self._logs = self.config, logs
+        self._specustreams = assembly.make_specustreams(config, self._pairs, self._costs, logs.decisions)
+        self._flowguard = assembly.make_flowguard(config, logs.routes)
         self._scheduler = StreamScheduler(
-            parts.handicapped(config, self._pairs),
+            assembly.handicapped(config, self._pairs),
             self._flowguard,
             config.scheduler,
             specustreams=self._specustreams,
             max_prefills=config.pipeserve.max_prefills,
             keeps_pages=config.pipeserve.preemption == "keep",
             start=self._start_request,
-            tracer=self._tracer,
+            tracer=logs.tracer,
         )
-        self._num_prompts = 0
-        self._opened: dict[str, OpenPrompt] = {}  # by their place in the engine's input
+        self._open = OpenPrompts(self._prompts)
         self._compilations = CompilationCounter(forbid=config.scheduler.forbid_compilation)
 
     def generate(
@@ -204,19 +196,7 @@ class LLM:
         Raises:
           ValueError: a prompt or its parameters cannot be served; nothing has run then.
         """
-        items: list[Any] = [prompts] if is_one_prompt(prompts) else list(prompts)
-        several = isinstance(sampling_params, Sequence)
-        params = list(sampling_params) if several else [sampling_params or SamplingParams()] * len(items)
-        if len(params) != len(items):
-            raise ValueError(f"{len(items)} prompts but {len(params)} sampling parameters")
-        ready = []
-        for index, (item, one) in enumerate(zip(items, params, strict=True)):
-            try:
-                prompt = as_prompt(str(index), item, one)
-                ready.append(dataclasses.replace(prompt, token_ids=self._prompts.tokens(prompt)))
-            except ValueError as error:
-                raise ValueError(f"prompt {index}: {error}") from None
-        done = {}
+        ready, done = self._prompts.read(prompts, sampling_params), {}
         with tqdm.tqdm(total=len(ready), desc="Generating", disable=not use_tqdm) as bar:
             for output in self.stream(ready):
                 done[int(output.request_id)] = output
@@ -258,7 +238,7 @@ class LLM:
         Raises:
           RuntimeError: another stream of this engine has not ended.
         """
-        yield from self._outputs(self._scheduler.run(self._requests(prompts)))
+        yield from self._outputs(self._scheduler.run(self._open.requests(prompts)))
 
     def serve(self, arrivals: Iterable[tuple[float, Prompt]]) -> Iterator[RequestOutput]:
         """Serve prompts that come when they come, whether or not there is room: an open loop.
@@ -273,18 +253,12 @@ class LLM:
         Raises:
           RuntimeError: another stream of this engine has not ended.
         """
-        timed = ((at_s, request) for at_s, prompt in arrivals for request in self._requests([prompt]))
+        timed = ((at_s, request) for at_s, prompt in arrivals for request in self._open.requests([prompt]))
         yield from self._outputs(self._scheduler.serve(timed))
 
     def _outputs(self, run: Iterator[Finished]) -> Iterator[RequestOutput]:
         """Gather the completions of each prompt."""
-        self._opened = {}
-        for finished in self._counted(run):
-            order = finished.request_id.partition(".")[0]
-            output = self._opened[order].take(finished)
-            if output is not None:
-                del self._opened[order]
-                yield output
+        yield from self._open.outputs(self._counted(run))
         self._check_moved()
 
     def cancel(self, request_id: str) -> bool:
@@ -293,27 +267,15 @@ class LLM:
         Returns:
           Whether any of its completions was still to come; not so before the stream has pulled the prompt.
         """
-        open_ids = [
-            f"{order}.{index}"
-            for order, entry in self._opened.items()
-            if entry.prompt.request_id == request_id
-            for index in range(entry.expected)
-        ]
-        cancelled = [self._scheduler.cancel(open_id) for open_id in open_ids]
+        cancelled = [self._scheduler.cancel(open_id) for open_id in self._open.request_ids(request_id)]
         return any(cancelled)
 
     def close(self) -> None:
         """Finish the trace and the logs of decisions, if there are any. The engine can go on without them."""
-        self._tracer.close()
         for specustream in self._specustreams:
             specustream.stop_logging()
-        if self._decisions is not None:
-            self._decisions.close()
-            self._decisions = None
         self._flowguard.stop_logging()
-        if self._routes is not None:
-            self._routes.close()
-            self._routes = None
+        self._logs.close()
 
     def use_router(self, name: str) -> None:
         """Let another routing policy decide from now on.
@@ -328,7 +290,7 @@ class LLM:
           ValueError: the name stands for nothing, or routes are logged: a log is about one policy.
           RuntimeError: requests are being served.
         """
-        if self._routes is not None:
+        if self._logs.routes is not None:
             raise ValueError("the log of routes is about one policy; build an engine without one to change it")
         if not self._scheduler.idle:
             raise RuntimeError("requests are being served; the router changes between two runs")
@@ -336,7 +298,7 @@ class LLM:
         self._flowguard.use(make)
         for pair in self._pairs:
             pair.forget_prefixes()
-        self._scheduler.use_pairs(parts.handicapped(self.config, self._pairs))
+        self._scheduler.use_pairs(assembly.handicapped(self.config, self._pairs))
 
     def use_policy(self, name: str) -> None:
         """Let another depth policy decide from now on, without what it, the costs and the drafter have learnt so far.
@@ -348,7 +310,7 @@ class LLM:
           ValueError: the name stands for nothing, the depth was not compiled, or decisions are logged: a log is about
             one policy.
         """
-        if self._decisions is not None:
+        if self._logs.decisions is not None:
             raise ValueError("the log of decisions is about one policy; build an engine without one to change it")
         for specustream, pair in zip(self._specustreams, self._pairs, strict=True):
             specustream.use(parts.make_policy(self.config.speculation, pair.num_slots, name=name))
@@ -366,14 +328,6 @@ class LLM:
         """
         for specustream in self._specustreams:
             specustream.pin(depth, tier=tier)
-
-    def _requests(self, prompts: Iterable[Prompt]) -> Iterator[Request | Refused]:
-        """Turn prompts into requests, one a completion, and keep them open."""
-        for prompt in prompts:
-            order = self._num_prompts
-            self._num_prompts += 1
-            self._opened[str(order)], requests = self._prompts.requests(prompt, order)
-            yield from requests
 
     def _check_moved(self) -> None:
         """Prove that disaggregation took place.

@@ -1,18 +1,18 @@
 """From prompts to requests and from ends to outputs: what the doors of the engine have in common.
 
 Owns what a prompt may look like, its checks against the engine's limits, and the split of a prompt into its `n`
-completions. Knows no device and no lane.
+completions, until the last of them is in. Knows no device and no lane.
 """
 
 import dataclasses
 import hashlib
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from streamserve.config import PipeServeConfig
+from streamserve.ending import Finished, Refused
 from streamserve.sampling_params import SamplingParams
-from streamserve.scheduler import Finished, Refused
 from streamserve.tokenizer import Tokenizer
 from streamserve.types import Prompt, Request, RequestOutput
 
@@ -110,6 +110,30 @@ class PromptReader:
         ]
         return OpenPrompt(prompt, tokens, expected=params.n), requests
 
+    def read(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[Prompt]:
+        """Accept one prompt or many as users of other engines give them; they are numbered and tokenized.
+
+        Raises:
+          ValueError: one of them or its parameters cannot be served.
+        """
+        items: list[Any] = [prompts] if is_one_prompt(prompts) else list(prompts)
+        several = isinstance(sampling_params, Sequence)
+        params = list(sampling_params) if several else [sampling_params or SamplingParams()] * len(items)
+        if len(params) != len(items):
+            raise ValueError(f"{len(items)} prompts but {len(params)} sampling parameters")
+        ready = []
+        for index, (item, one) in enumerate(zip(items, params, strict=True)):
+            try:
+                prompt = as_prompt(str(index), item, one)
+                ready.append(dataclasses.replace(prompt, token_ids=self.tokens(prompt)))
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from None
+        return ready
+
     def tokens(self, prompt: Prompt) -> tuple[int, ...]:
         """Tokenize a prompt and check that it can be served.
 
@@ -156,6 +180,42 @@ class PromptReader:
     def _stop_ids(self, params: SamplingParams) -> tuple[int, ...]:
         """Token ids that end a request."""
         return tuple(dict.fromkeys((*params.stop_token_ids, *(() if params.ignore_eos else self._limits.eos_ids))))
+
+
+class OpenPrompts:
+    """The prompts of a stream that have been pulled and not been answered, by their place in the engine's input."""
+
+    def __init__(self, reader: PromptReader):
+        self._reader = reader
+        self._num_prompts = 0
+        self._opened: dict[str, OpenPrompt] = {}
+
+    def requests(self, prompts: Iterable[Prompt]) -> Iterator[Request | Refused]:
+        """Turn prompts into requests, one a completion, and keep them open."""
+        for prompt in prompts:
+            order = self._num_prompts
+            self._num_prompts += 1
+            self._opened[str(order)], requests = self._reader.requests(prompt, order)
+            yield from requests
+
+    def outputs(self, ends: Iterable[Finished]) -> Iterator[RequestOutput]:
+        """Gather the completions of each prompt; those of an earlier stream are forgotten."""
+        self._opened = {}
+        for finished in ends:
+            order = finished.request_id.partition(".")[0]
+            output = self._opened[order].take(finished)
+            if output is not None:
+                del self._opened[order]
+                yield output
+
+    def request_ids(self, request_id: str) -> list[str]:
+        """List the requests of the open prompts that a caller has given an id."""
+        return [
+            f"{order}.{index}"
+            for order, entry in self._opened.items()
+            if entry.prompt.request_id == request_id
+            for index in range(entry.expected)
+        ]
 
 
 def is_one_prompt(prompts: Any) -> bool:

@@ -16,44 +16,26 @@ program that fails takes down the requests that were in it; the others on its la
 """
 
 import contextlib
-import heapq
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 
 from streamserve.config import SchedulerConfig
+from streamserve.ending import Finished, Refused
 from streamserve.flowguard import Ask, FlowGuard, RouteOutcome
-from streamserve.lane import Lane, LaneCounters
+from streamserve.lane import Lane
+from streamserve.lane_counters import LaneCounters, total
 from streamserve.lifecycle import State
 from streamserve.pair_protocol import Pair
+from streamserve.roster import Roster
 from streamserve.sequence import RunningRequest
 from streamserve.specustream import SpecuStream
 from streamserve.trace import NullTracer, Tracer, Track
-from streamserve.types import CompletionOutput, Deferred, LaneStats, Logprob, Request, RequestMetrics
-from streamserve.waiting import Entry, WaitingQueue
+from streamserve.types import Deferred, LaneStats, Request, RequestMetrics
 
 POLL_S = 0.0003  # pause of the loop while nothing decodes and nothing has changed
 TICK_POLL_S = 0.001  # the same while ticks run and none is nearly due: a pass costs a tenth of that
-
-
-class Refused(NamedTuple):
-    """A request that cannot be served, and why."""
-
-    request_id: str
-    reason: str
-
-
-class Finished(NamedTuple):
-    """The one end of a request: an output with its metrics, or an error."""
-
-    request_id: str
-    state: State
-    completion: CompletionOutput | None = None
-    metrics: RequestMetrics | None = None
-    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
-    error: str | None = None
 
 
 class StreamScheduler:
@@ -94,10 +76,7 @@ class StreamScheduler:
         self.ends: dict[State, int] = {}  # requests by how they ended
         self._flowguard, self._config, self._max_prefills = flowguard, config, max_prefills
         self._start, self._clock, self._sleep = start, clock, sleep
-        self._queue = WaitingQueue(config.max_waiting)
-        self._entries: dict[str, Entry] = {}  # of requests on lanes, in case they must wait again
-        self._known: dict[str, RunningRequest] = {}  # all that have not ended
-        self._deadlines: list[tuple[float, str]] = []
+        self._roster = Roster(config.max_waiting)
         self._ended: list[Finished] = []
         self._busy = False
         self._must_watch = len(self.lanes) > 1  # something may happen while a tick is waited for
@@ -117,7 +96,7 @@ class StreamScheduler:
     @property
     def idle(self) -> bool:
         """Whether nothing waits, runs, or has ended without being handed over."""
-        return not (self._known or self._ended or any(lane.busy for lane in self.lanes))
+        return not (self._roster.known or self._ended or any(lane.busy for lane in self.lanes))
 
     def submit(self, request: Request, *, arrival_s: float | None = None) -> Deferred | None:
         """Let a request wait; it ends as REFUSED when the queue is full.
@@ -132,21 +111,18 @@ class StreamScheduler:
         Raises:
           ValueError: a request with this id has not ended.
         """
-        if request.request_id in self._known:
+        if request.request_id in self._roster.known:
             raise ValueError(f"request {request.request_id} is being served already")
         arrival_s = self._clock() if arrival_s is None else arrival_s
         running = self._start(request, arrival_s=arrival_s)
-        self._known[request.request_id] = running
-        refusal = self._queue.put(request)
+        refusal = self._roster.enter(running)
         if refusal is not None:
             self._end(running, State.REFUSED, refusal.reason)
-        elif request.timeout_s is not None:
-            heapq.heappush(self._deadlines, (arrival_s + request.timeout_s, request.request_id))
         return refusal
 
     def cancel(self, request_id: str) -> bool:
         """End a request as cancelled, wherever it is; false if it has ended or was never there."""
-        running = self._known.get(request_id)
+        running = self._roster.known.get(request_id)
         if running is None:
             return False
         self._take_out(running)
@@ -170,8 +146,8 @@ class StreamScheduler:
         with self._running():
             while open_input or not self.idle:
                 # 1. Pull as many as lanes can take, and one at least while there is room.
-                room = sum(self._max_prefills - lane.num_before_slot for lane in self.lanes) - len(self._queue)
-                for _ in range(min(max(room, 1), self._config.max_waiting - len(self._queue)) if open_input else 0):
+                room = sum(self._max_prefills - lane.num_before_slot for lane in self.lanes) - len(self._roster.queue)
+                for _ in range(min(max(room, 1), self._roster.room) if open_input else 0):
                     item = next(source, None)
                     if item is None:
                         open_input = False
@@ -227,13 +203,11 @@ class StreamScheduler:
 
     def shutdown(self) -> list[Finished]:
         """Cancel what has not ended and leave the lanes empty; gives the ends that nobody has taken."""
-        for request_id in list(self._known):
-            self._end(self._known[request_id], State.CANCELLED, "the engine was shut down")
+        for running in list(self._roster.known.values()):
+            self._end(running, State.CANCELLED, "the engine was shut down")
         for lane in self.lanes:
             lane.abandon()
-        self._queue = WaitingQueue(self._config.max_waiting)
-        self._entries.clear()
-        self._deadlines.clear()
+        self._roster.clear()
         ended, self._ended = self._ended, []
         return ended
 
@@ -263,39 +237,34 @@ class StreamScheduler:
 
     def counters(self) -> LaneCounters:
         """Sum the lanes' counters."""
-        total = LaneCounters()
-        for lane in self.lanes:
-            for name, value in vars(lane.counters).items():
-                setattr(total, name, getattr(total, name) + value)
-        return total
+        return total(lane.counters for lane in self.lanes)
 
     # --- parts of a pass
 
     def _admit(self) -> None:
         """Send waiting requests to lanes, in their order, until none has room."""
         full: set[int] = set()
-        while (entry := self._queue.peek()) is not None:
+        while (running := self._roster.first()) is not None:
             eligible = [
                 lane.pair.is_up and lane.index not in full and lane.num_before_slot < self._max_prefills
                 for lane in self.lanes
             ]
             if not any(eligible):
                 return
-            running, now_s = self._known[entry.request.request_id], self._clock()
+            now_s = self._clock()
             route = self._flowguard.route(self._ask(running, now_s), self.lane_stats(), eligible)
             lane = self.lanes[route.arm]
             try:
                 refusal = lane.begin(running, local=route.local)
             except ValueError as error:  # it fits no program
-                self._queue.pop()
+                self._roster.pop()
                 self._end(running, State.REFUSED if not running.num_tokens else State.FAILED, str(error))
                 continue
             if refusal is not None:
                 full.add(lane.index)
                 continue
             self._flowguard.begun(now_s)
-            self._queue.pop()
-            self._entries[running.request_id] = entry
+            self._roster.pop()
 
     def _ask(self, running: RunningRequest, now_s: float) -> Ask:
         """Describe a request to FlowGuard."""
@@ -305,7 +274,7 @@ class StreamScheduler:
             max_tokens=running.request.params.max_tokens - running.num_tokens,
             waited_s=0.0 if running.num_tokens else now_s - running.stamps.arrival_s,  # its first token is out
             hit_tokens=tuple(lane.cached_tokens(running) for lane in self.lanes),
-            queue=len(self._queue),
+            queue=len(self._roster.queue),
         )
 
     def _evacuate(self) -> None:
@@ -314,12 +283,12 @@ class StreamScheduler:
             if lane.busy and not lane.pair.is_up:
                 for running in lane.evacuate():
                     self._flowguard.learn(running.request_id, RouteOutcome(answered=False), self._clock())
-                    self._wait_again(running)
+                    self._roster.wait_again(running)
 
     def _note_queue(self) -> None:
         """Trace how many wait, when that has changed."""
-        if len(self._queue) != self._traced_waiting:
-            self._traced_waiting = len(self._queue)
+        if len(self._roster.queue) != self._traced_waiting:
+            self._traced_waiting = len(self._roster.queue)
             self._tracer.counter(None, "queue", self._clock(), requests=self._traced_waiting)
 
     def _advance(self, lane: Lane) -> None:
@@ -338,8 +307,8 @@ class StreamScheduler:
         lane.insert(now_s)
         # 7. Dispatch.
         for running in lane.make_room(now_s):
-            self._wait_again(running)
-        lane.dispatch(now_s, len(self._queue))
+            self._roster.wait_again(running)
+        lane.dispatch(now_s, len(self._roster.queue))
 
     def _readable(self) -> list[Lane]:
         """Choose the lanes whose ticks are read now: those that are done.
@@ -364,11 +333,7 @@ class StreamScheduler:
             else:
                 self._end(running, State.FINISHED)
         for running in lane.decoding_requests():
-            self._charge(running)
-
-    def _charge(self, running: RunningRequest) -> None:
-        self._queue.charge(running.request, running.num_tokens - running.num_charged)
-        running.num_charged = running.num_tokens
+            self._roster.charge(running)
 
     def _guarded(self, lane: Lane, work: Callable[[Lane], None]) -> None:
         """Do a lane's work; a program that fails costs those who were in it."""
@@ -378,7 +343,7 @@ class StreamScheduler:
             victims = getattr(error, "request_ids", None)
             if victims is not None and not lane.pair.is_broken:
                 for request_id in victims:
-                    running = self._known[request_id]
+                    running = self._roster.known[request_id]
                     lane.drop(running)
                     self._end(running, State.FAILED, str(error))
                 return
@@ -390,38 +355,25 @@ class StreamScheduler:
                     self._end(running, State.FAILED, str(error))
                 else:
                     running.life.move(State.WAITING)
-                    self._wait_again(running)
-
-    def _wait_again(self, running: RunningRequest) -> None:
-        self._queue.put_back(self._entries.pop(running.request_id))
+                    self._roster.wait_again(running)
 
     def _expire(self) -> None:
         """End the requests whose deadline has passed."""
-        now_s = self._clock()
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, request_id = heapq.heappop(self._deadlines)
-            running = self._known.get(request_id)
-            if running is None:
-                continue
-            timeout_s = running.request.timeout_s
-            if timeout_s is None or running.stamps.arrival_s + timeout_s > now_s:
-                continue  # a later request of the same name
+        for running in self._roster.overdue(self._clock()):
             state = running.life.state.value
             self._take_out(running)
-            self._end(running, State.TIMED_OUT, f"timed out after {timeout_s} s, while in {state}")
+            self._end(running, State.TIMED_OUT, f"timed out after {running.request.timeout_s} s, while in {state}")
 
     def _take_out(self, running: RunningRequest) -> None:
         """Remove a request from where it is."""
-        if self._queue.remove(running.request_id) is None:
+        if not self._roster.stop_waiting(running):
             self._guarded(self.lanes[running.lane], lambda lane: lane.drop(running))
 
     def _end(self, running: RunningRequest, state: State, error: str | None = None) -> None:
         """Make a request's end known."""
         running.life.move(state)
         now_s = self._clock()
-        del self._known[running.request_id]
-        self._entries.pop(running.request_id, None)
-        self._charge(running)
+        self._roster.leave(running)
         if state in (State.CANCELLED, State.REFUSED):
             self._flowguard.withdraw(running.request_id)
         if error is not None:

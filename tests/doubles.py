@@ -12,13 +12,14 @@ from pallas_kernels.attention import append, attention
 from streamserve import mesh
 from streamserve.bandits import Policy
 from streamserve.config import PipeServeConfig, SchedulerConfig, TopologyConfig
+from streamserve.ending import Finished, Refused
 from streamserve.flowguard import FlowGuard, routers
 from streamserve.kv import cache
 from streamserve.kv.pages import PREFIX_CACHE
 from streamserve.parts import VERIFIERS
 from streamserve.pipeserve import LaneSizes, PairModels, Programs, StreamPair, lane_sizes, warm_up
 from streamserve.sampling_params import SamplingParams
-from streamserve.scheduler import Finished, Refused, StreamScheduler
+from streamserve.scheduler import StreamScheduler
 from streamserve.sequence import RunningRequest
 from streamserve.specustream import (
     DepthContext,

@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from streamserve.ending import Finished
 from streamserve.kv.pages import PREFIX_CACHE, Owner, Stage
 from streamserve.lane import Lane
 from streamserve.lifecycle import State
 from streamserve.pipeserve import StreamPair
 from streamserve.pipeserve.prefiller import PrefillCall, PrefillTask
 from streamserve.pipeserve.store import PageStore
-from streamserve.scheduler import Finished, StreamScheduler
+from streamserve.scheduler import StreamScheduler
 from streamserve.types import Job, Request
 from tests.doubles import assert_empty
 from tests.fake_programs import POISON, FakeArray, FakeClock, fake_scheduler
@@ -256,7 +257,7 @@ class Bench:
         """Where a request is."""
         if request_id in self.ends:
             return self.ends[request_id].state
-        return self.scheduler._known[request_id].life.state
+        return self.scheduler._roster.known[request_id].life.state
 
     def until(self, request_id: str, state: State, *, limit: int = 3000) -> None:
         """Go on until a request is in a state."""
@@ -281,20 +282,21 @@ class Bench:
 
 def audit(scheduler: StreamScheduler) -> None:
     """Assert that each request is in one place, and that each page has the owner and readers that the books say."""
-    known, waiting = scheduler._known, scheduler._queue._entries
+    known, waiting = scheduler._roster.known, scheduler._roster.queue._entries
     places = list(waiting)
     for lane in scheduler.lanes:
-        slots = {running.request_id for running in lane._slots.values()}
-        for place, state in ((lane._tasks, State.PREFILL), (lane._transit, State.TRANSFER), (slots, State.DECODE)):
+        tasks, holders = lane._prompts.tasks, lane._slots.holders
+        slots = {running.request_id for running in holders.values()}
+        for place, state in ((tasks, State.PREFILL), (lane._transit, State.TRANSFER), (slots, State.DECODE)):
             places += place
             wrong = {name: known[name].life.state for name in place if known[name].life.state is not state}
             assert not wrong, f"in the place of {state}: {wrong}"
         places += lane._kept
-        assert set(lane._requests) == {*lane._tasks, *lane._transit, *slots, *lane._kept}
-        assert set(lane._computable) <= set(lane._tasks)
-        assert len(lane._ticks) <= 2, "ticks pile up"
-        assert lane._slots.keys() == lane._insertions.keys() == lane.pair._decoder._holders.keys()
-        for slot, running in lane._slots.items():
+        assert set(lane._requests) == {*tasks, *lane._transit, *slots, *lane._kept}
+        assert set(lane._prompts.computable) <= set(tasks)
+        assert len(lane._slots.ticks) <= 2, "ticks pile up"
+        assert holders.keys() == lane._slots.insertions.keys() == lane.pair._decoder._holders.keys()
+        for slot, running in holders.items():
             holder = lane.pair._decoder._holders[slot]
             assert holder.request is running.request
             assert holder.holding.owner == Owner(Stage.SLOT, running.request_id)
@@ -307,9 +309,9 @@ def audit(scheduler: StreamScheduler) -> None:
 
 def _audit_pages(lane: Lane) -> None:
     pair = lane.pair
-    tasks = [*lane._tasks.values(), *(transit.item.task for transit in lane._transit.values())]
+    tasks = [*lane._prompts.tasks.values(), *(transit.item.task for transit in lane._transit.values())]
     before = [task.holding for task in tasks if task is not None and not task.local]
-    after = [task.holding for task in lane._tasks.values() if task.local]
+    after = [task.holding for task in lane._prompts.tasks.values() if task.local]
     after += [transit.item.holding for transit in lane._transit.values()]
     after += [holder.holding for holder in pair._decoder._holders.values()]
     sides = [(pair.prefill_store, before), (pair.decode_store, after)]

@@ -114,7 +114,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(rng=RANDOMS)
     def cancel(self, rng):
-        live = sorted(self.bench.scheduler._known)
+        live = sorted(self.bench.scheduler._roster.known)
         if live:
             assert self.bench.scheduler.cancel(rng.choice(live))
         assert not self.bench.scheduler.cancel("nobody")

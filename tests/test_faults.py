@@ -458,7 +458,7 @@ class SlowLaneTest(FaultCase):
         bench = Bench([FaultyPair(index, each) for index, each in enumerate(programs)])
         bench.submit(self.request("a"), self.request("b"))
         bench.until("a", State.DECODE)
-        running = bench.scheduler._known["a"]
+        running = bench.scheduler._roster.known["a"]
         self.assertEqual(running.lane, 0)
         bench.until("b", State.FINISHED)
         self.assertEqual(running.num_tokens, 0)

@@ -10,9 +10,9 @@ import numpy as np
 from absl.testing import parameterized
 from scipy import stats
 
+from streamserve.ending import Refused
 from streamserve.kv import cache
 from streamserve.pipeserve import CompilationCounter, CompilationError, packing
-from streamserve.scheduler import Refused
 from streamserve.types import Job
 from tests import doubles
 from tests.doubles import VOCAB, make_request, plain_greedy, serve, tiny_pairs, tiny_params
@@ -160,7 +160,7 @@ class PrefillEqualsSteppingTest(parameterized.TestCase):
         got = _positions([group.pages.target.pages for group in item.groups])[:, :, :length]
         want = _positions([cache.take_pages(stepped.pool, stepped.table[0]).pages])[:, :, :length]
         np.testing.assert_allclose(got, want, atol=1e-5)
-        prefix = packing.unpack(item.prefix, pair.programs.prefix_shape())
+        prefix = packing.unpack(item.prefix, pair.programs.shapes.prefix())
         self.assertEqual(int(prefix.last_token[0]), int(jnp.argmax(hidden[0, -1] @ TARGET["head"])))
         pair.reset()
 
@@ -231,7 +231,7 @@ class CacheTest(parameterized.TestCase):
         there = cache.take_pages(pair.decode_store.pools, np.asarray(item.holding.pages[:6]))
         for got, want in zip(jax.tree.leaves(there), jax.tree.leaves(home), strict=True):
             np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
-        prefix = packing.unpack(item.prefix, pair.programs.prefix_shape())
+        prefix = packing.unpack(item.prefix, pair.programs.shapes.prefix())
         self.assertEqual([int(prefix.length[0]), int(prefix.prev_token[0])], [48, 11])
         pair.reset()
 

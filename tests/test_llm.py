@@ -7,7 +7,7 @@ import torch
 
 from streamserve import LLM, Config, Prompt, SamplingParams, SpeculationConfig, TopologyConfig
 from streamserve.config import ModelArgs, PipeServeConfig
-from streamserve.lane import LaneCounters
+from streamserve.lane_counters import LaneCounters
 from streamserve.pipeserve import StreamPair
 from tests import tiny_models
 

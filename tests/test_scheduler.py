@@ -4,9 +4,9 @@ import dataclasses
 
 from absl.testing import parameterized
 
+from streamserve.ending import Refused
 from streamserve.flowguard import FlowGuard, routers
 from streamserve.lifecycle import State
-from streamserve.scheduler import Refused
 from tests import doubles
 from tests.doubles import make_request
 from tests.fake_programs import FakeClock, FakePrograms, fake_scheduler, quiet_output
@@ -76,7 +76,7 @@ class OrderTest(parameterized.TestCase):
         bench.submit(*(make_request(str(index), (1,) * 9, max_tokens=20 + index) for index in range(8)))
         bench.drain()
         self.assertGreater(bench.scheduler.counters().preemptions, 0)
-        (served,) = bench.scheduler._queue._served.values()
+        (served,) = bench.scheduler._roster.queue._served.values()
         self.assertEqual(served, sum(9 + 2 * (20 + index) for index in range(8)))
 
     def test_a_refused_head_of_the_queue_is_not_overtaken(self):

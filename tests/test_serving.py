@@ -2,10 +2,11 @@
 
 from absl.testing import parameterized
 
+from streamserve.ending import Refused
 from streamserve.flowguard import FlowGuard, Route, RouteOutcome
 from streamserve.flowguard.routers.picking import stateless
 from streamserve.lifecycle import State
-from streamserve.scheduler import TICK_POLL_S, Refused
+from streamserve.scheduler import TICK_POLL_S
 from tests.doubles import assert_empty, make_request
 from tests.fake_programs import FakePrograms, fake_scheduler, quiet_output
 from tests.faults import Bench, FaultyPair
@@ -194,7 +195,7 @@ class OutcomeTest(parameterized.TestCase):
         bench.until("0", State.DECODE)
         for _ in range(3):
             bench.step()
-        self.assertGreater(bench.scheduler._known["0"].num_tokens, 0)
+        self.assertGreater(bench.scheduler._roster.known["0"].num_tokens, 0)
         bench.clock.sleep(5.0)
         bench.pairs[0].switched_on = False
         (end,) = bench.drain().values()

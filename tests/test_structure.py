@@ -21,6 +21,8 @@ ALLOWED = {
     "trace": set(),
     "lifecycle": set(),
     "waiting": ROOT_RECORDS,
+    "ending": ROOT_RECORDS | {"lifecycle"},
+    "roster": ROOT_RECORDS | {"sequence", "waiting"},
     "jsonl": ROOT_RECORDS,
     "workload": ROOT_RECORDS | {"jsonl", "workload_fields"},
     "workload_fields": ROOT_RECORDS,
@@ -36,12 +38,21 @@ ALLOWED = {
     "audit": ROOT_RECORDS,
     "lane_log": {"trace"},
     "lane_meter": ROOT_RECORDS,
-    "lane": ROOT_RECORDS | {"sequence", "lifecycle", "trace", "lane_log", "lane_meter", "pair_protocol", "specustream"},
+    "lane_counters": set(),
+    "lane_prompts": {"sequence", "lane_log", "lane_meter", "lane_counters", "pair_protocol"},
+    "lane_slots": {"sequence", "lane_log", "lane_meter", "lane_counters", "pair_protocol", "specustream"},
+    "lane": ROOT_RECORDS
+    | {"sequence", "lifecycle", "trace", "lane_log", "lane_meter", "lane_counters", "lane_prompts", "lane_slots"}
+    | {"pair_protocol", "specustream"},
     "scheduler": ROOT_RECORDS
-    | {"flowguard", "specustream", "sequence", "lane", "pair_protocol", "lifecycle", "trace", "waiting"},
-    "parts": ROOT_RECORDS
-    | {"mesh", "bandits", "flowguard", "models", "pair_protocol", "pipeserve", "specustream", "tokenizer"},
-    "prompts": ROOT_RECORDS | {"scheduler", "tokenizer"},
+    | {"flowguard", "specustream", "sequence", "lane", "lane_counters", "pair_protocol"}
+    | {"lifecycle", "trace", "roster", "ending"},
+    "parts": ROOT_RECORDS | {"bandits", "flowguard", "models", "specustream"},
+    "assembly": ROOT_RECORDS
+    | {"mesh", "flowguard", "models", "pair_protocol", "parts", "pipeserve", "specustream", "tokenizer"},
+    "lane_costs": ROOT_RECORDS | {"models", "pipeserve", "specustream"},
+    "engine_logs": ROOT_RECORDS | {"flowguard", "specustream", "trace"},
+    "prompts": ROOT_RECORDS | {"ending", "tokenizer"},
 }
 EVERYTHING = {"llm", "__init__"}
 

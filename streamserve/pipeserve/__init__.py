@@ -1,9 +1,11 @@
 """PipeServe: disaggregated prefill and decode over stream pairs."""
 
+from streamserve.pipeserve.compilation_counter import CompilationCounter, CompilationError
 from streamserve.pipeserve.handicap import Handicap, HandicappedPair
 from streamserve.pipeserve.measure import context_lengths, measure_costs
 from streamserve.pipeserve.pair import StreamPair
-from streamserve.pipeserve.programs import CompilationCounter, CompilationError, PairModels, Programs
+from streamserve.pipeserve.programs import Programs
+from streamserve.pipeserve.shapes import PairModels
 from streamserve.pipeserve.sizes import LaneSizes, lane_sizes
 from streamserve.pipeserve.warmup import persistent_cache, warm_up
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import common, compare_depth, depth_arms, depth_plots, depth_report, depth_verdicts
+from experiments import common, compare_depth, depth_arms, depth_options, depth_plots, depth_report, depth_verdicts
 from experiments.depth_verdicts import Panel
 from streamserve.metrics import EngineStats
 from streamserve.specustream import DecisionLog, DepthContext, Plan, StepStats, nominal
@@ -96,7 +96,7 @@ def compare(tmp_path, monkeypatch):
     monkeypatch.setattr(depth_arms.Bench, "__init__", lambda self, engine: init(self, engine, lambda: engine.now_s))
 
     def run(mode="engine", *, engine=None, config=None, **given):
-        options = compare_depth.Options(
+        options = depth_options.Options(
             **{
                 "config": CONFIG | (config or {}),
                 "output": tmp_path / "rows.jsonl",
@@ -375,7 +375,7 @@ def test_what_cannot_run_is_one_line_and_code_2(compare, capsys, given, message)
 
 def test_flags_become_options(tmp_path):
     values = flags.FlagValues()
-    compare_depth.define_flags(values)
+    depth_options.define_flags(values)
     arguments = [
         "compare",
         "--workload=a=x.jsonl",
@@ -384,14 +384,14 @@ def test_flags_become_options(tmp_path):
         "--max_different=2",
     ]
     common.parse_flags(arguments, default_config=compare_depth.DEFAULT_CONFIG, values=values)
-    options = compare_depth.read_options(values, arguments[1:])
+    options = depth_options.read_options(values, arguments[1:])
     assert [(name, str(path)) for name, path in options.workloads] == [("a", "x.jsonl"), ("b", "y=z.jsonl")]
     assert (options.policies, options.max_different, options.num_prompts) == (("goodput", "dsde"), 2, None)
     config, _ = compare_depth.engine_config(options)
     assert config.speculation.depths == (0, 1, 2, 4, 6, 8)
     values.workload = ["a=x", "a=y"]
     with pytest.raises(common.RunError, match="names that differ"):
-        compare_depth.read_options(values, [])
+        depth_options.read_options(values, [])
 
 
 @pytest.mark.parametrize("line", ["", "{}", '{"prompt": 3}', '{"turns": []}', "{broken"])
