@@ -136,7 +136,7 @@ def heuristic(case: Case) -> BlockConfig:
         rows = case.rows if case.decodes else rows
         return BlockConfig(
             block_rows=rows,
-            block_keys=32 if rows * case.head_dim <= 2048 else 16,
+            block_keys=32 if case.head_dim <= 32 else 16,
             num_warps=8 if rows * case.head_dim > 4096 else 4,
             num_stages=2,
         )

@@ -75,7 +75,7 @@ class Compiler:
         output = jax.eval_shape(step, *models.decode_params, pools, narrow, table, plan)[2]
         where = (shardings(pools, mesh), shardings(state, mesh), replicated(mesh), replicated(mesh))
         jitted = jax.jit(tick, donate_argnums=(2, 3), out_shardings=where)
-        return jitted.lower(*models.decode_params, pools, state, table, plan).compile(), output
+        return _compile(mesh, jitted, *models.decode_params, pools, state, table, plan), output
 
     def prefill(self, tiles: int, *, local: bool = False) -> Callable[..., tuple[Pools, PrefillOutput]]:
         """Compile a prefill call of `tiles` tiles; `local` on the decode mesh."""
@@ -87,14 +87,14 @@ class Compiler:
         prefill = make_prefill(models.target, drafter, largest=largest, max_logprobs=self._config.max_logprobs)
         jitted = jax.jit(prefill, donate_argnums=2, out_shardings=(shardings(pools, mesh), replicated(mesh)))
         batch = on_mesh(self._shapes.batch(tiles), mesh)
-        return jitted.lower(*params, pools, batch).compile()
+        return _compile(mesh, jitted, *params, pools, batch)
 
     def draft_prefill(self, tiles: int) -> Callable[..., Pools]:
         """Compile a call by which the draft reads prompts on the decode mesh."""
         mesh, prefill = self._meshes.decode, make_draft_prefill(self._models.drafter)
         jitted = jax.jit(prefill, donate_argnums=1, out_shardings=shardings(self._pools, mesh))
         batch = on_mesh(self._shapes.batch(tiles), mesh)
-        return jitted.lower(self._models.decode_params[1], self._pools, batch).compile()
+        return _compile(mesh, jitted, self._models.decode_params[1], self._pools, batch)
 
     def first(self, *, local: bool = False) -> Callable[..., Packed]:
         """Compile the sampling of the first token; `local` on the decode mesh."""
@@ -108,7 +108,7 @@ class Compiler:
 
         arguments = on_mesh((hidden, jax.eval_shape(pack, inputs)), mesh)
         jitted = jax.jit(first, out_shardings=replicated(mesh))
-        return jitted.lower(params[0], *arguments).compile()
+        return _compile(mesh, jitted, params[0], *arguments)
 
     def move(self, count: int) -> tuple[Callable[..., Any], Callable[..., Pools]]:
         """Compile both ends of a hand-off of `count` pages: they leave the prefill mesh, and enter the decode mesh."""
@@ -122,7 +122,7 @@ class Compiler:
             )
             where = replicated(prefill)
         jitted = jax.jit(take, out_shardings=where)
-        return jitted.lower(self._home_pools, on_mesh(page_n, prefill)).compile(), self._put(pages, page_n)
+        return _compile(prefill, jitted, self._home_pools, on_mesh(page_n, prefill)), self._put(pages, page_n)
 
     def rescue(self, count: int) -> tuple[Callable[..., Any], Callable[..., Pools]]:
         """Compile both ends of a rescue of `count` pages: they leave the decode mesh, and come back."""
@@ -130,7 +130,7 @@ class Compiler:
         page_n = jax.ShapeDtypeStruct((count,), jnp.int32)
         pages = jax.eval_shape(cache.take_pages, self._pools, page_n)
         jitted = jax.jit(cache.take_pages, out_shardings=shardings(pages, mesh))
-        return jitted.lower(self._pools, on_mesh(page_n, mesh)).compile(), self._put(pages, page_n)
+        return _compile(mesh, jitted, self._pools, on_mesh(page_n, mesh)), self._put(pages, page_n)
 
     def _put(self, pages: Any, page_n: Any) -> Callable[..., Pools]:
         mesh, recomputes = self._meshes.decode, self._shapes.recomputes_draft
@@ -141,7 +141,7 @@ class Compiler:
             return cache.put_pages(pools, pages, page_n)
 
         jitted = jax.jit(put, donate_argnums=0, out_shardings=shardings(self._pools, mesh))
-        return jitted.lower(self._pools, on_mesh(pages, mesh), on_mesh(page_n, mesh)).compile()
+        return _compile(mesh, jitted, self._pools, on_mesh(pages, mesh), on_mesh(page_n, mesh))
 
     def slots(self) -> tuple[Callable[..., DecodeState], Callable[..., DecodeState]]:
         """Compile insertion and release."""
@@ -154,9 +154,15 @@ class Compiler:
             return decode.insert(state, unpack(packed, shapes), slot)
 
         jitted = jax.jit(insert, donate_argnums=0, out_shardings=where)
-        inserts = jitted.lower(state, on_mesh(jax.eval_shape(pack, shapes), mesh), slot).compile()
+        inserts = _compile(mesh, jitted, state, on_mesh(jax.eval_shape(pack, shapes), mesh), slot)
         release = jax.jit(decode.release, donate_argnums=0, out_shardings=where)
-        return inserts, release.lower(state, slot).compile()
+        return inserts, _compile(mesh, release, state, slot)
+
+
+def _compile(mesh: Mesh, jitted: Any, *arguments: Any) -> Any:
+    """Compile for a mesh. What is traced is told of it: kernels depend on the device and on how heads are divided."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jitted.lower(*arguments).compile()
 
 
 def on_mesh(shapes: Any, mesh: Mesh) -> Any:
