@@ -135,6 +135,21 @@ class HandicapTest(parameterized.TestCase):
         self.assertAlmostEqual(metrics.prefill_s, 3 * WORK_S, delta=0.01)
         self.assertEqual(metrics.transfer_pages, 0)
 
+    def test_a_prompt_on_the_decode_mesh_does_not_seem_to_wait_for_one_on_the_prefill_mesh(self):
+        clock = FakeClock()
+        inner = _TimedPair(0, clock, local_tokens=8)
+        pair = HandicappedPair(inner, Handicap(slowdown=3.0), clock=clock, sleep=clock.sleep)
+        where_it_fits = stateless(lambda context, noise_A2: Route(0, local=bool(context.local_A[0])))
+        flowguard = FlowGuard(lambda lanes: where_it_fits, num_lanes=1, seed=0)
+        wired = fake_scheduler([inner], clock=clock, flowguard=flowguard)
+        wired.use_pairs([pair])
+        long, short = make_request("long", tuple(range(9)), max_tokens=2), make_request("short", (1, 2), max_tokens=2)
+        ends = wired.serve([(0.0, long), (WORK_S / 2, short)])  # one comes while the other is computed
+        prefill_s = {end.request_id: end.metrics.prefill_s for end in ends}
+        self.assertEqual(wired.counters().local_prefills, 1)
+        self.assertAlmostEqual(prefill_s["long"], 3 * WORK_S, delta=0.01)
+        self.assertAlmostEqual(prefill_s["short"], 3 * WORK_S, delta=0.01)
+
 
 class DeathTest(parameterized.TestCase):
     def _bench(self, handicap: Handicap, **config):
@@ -155,6 +170,7 @@ class DeathTest(parameterized.TestCase):
             wired.submit(request)
         ends, moved, lanes_down = {}, 0, set()
         while not wired.idle:
+            self.assertLess(clock(), 30.0, "somebody waits for ever")
             was_up = pairs[0].is_up
             for end in wired.step():
                 ends[end.request_id] = end
@@ -190,6 +206,7 @@ class DeathTest(parameterized.TestCase):
             wired.submit(request)
         ends, kept = {}, 0
         while not wired.idle:
+            self.assertLess(clock(), 30.0, "somebody waits for ever")
             if pairs[0].is_up:
                 kept = len(wired.lanes[0]._kept)
             for end in wired.step():
