@@ -15,7 +15,7 @@ from streamserve.flowguard import FlowGuard, Route, RouteOutcome, is_good, route
 from streamserve.flowguard.predict import predict
 from streamserve.flowguard.routers import scorers
 from streamserve.parts import ROUTERS
-from streamserve.types import LanePace
+from streamserve.types import LanePace, LaneStats
 from tests.flowguard.lane_states import BUSY, OBJECTIVE, ask, contexts, lane, seen
 
 GOOD = RouteOutcome(answered=True, ttft_s=0.1, tpot_s=0.01, latency_s=1.0, output_tokens=90)
@@ -170,6 +170,44 @@ class PreferenceTest(parameterized.TestCase):
         self.assertEqual(_arm("flowguard_paper", lanes), 0)
         late = LanePace(ttft_s=2.0)
         self.assertEqual(_arm("flowguard_paper", [lane(0, pace=late), lane(1, in_transit=2)]), 1)
+
+
+class SignalsTest(parameterized.TestCase):
+    def test_every_signal_is_that_of_its_name(self):
+        names = {  # what a router sees, and what the lane calls it
+            **{"slots_A": "num_slots", "free_slots_A": "free_slots", "pages_A": "num_pages"},
+            **{"free_pages_A": "free_pages", "page_tokens_A": "page_tokens", "waiting_A": "waiting"},
+            **{"in_transit_A": "in_transit", "running_A": "running", "queued_tokens_A": "queued_prefill_tokens"},
+            **{"local_queued_A": "queued_local_tokens", "backlog_bytes_A": "transfer_backlog_bytes"},
+        }
+        paces = {
+            **{"prefill_s_A": "prefill_s_per_token", "transfer_s_A": "transfer_s_per_byte"},
+            **{"token_bytes_A": "transfer_bytes_per_token", "tick_s_A": "tick_s", "tick_tokens_A": "tokens_per_tick"},
+            **{"accepted_A": "accepted_per_step", "depth_A": "drafted_per_step", "decode_s_A": "decode_s"},
+            **{"ttft_s_A": "ttft_s", "tpot_s_A": "tpot_s", "idle_s_A": "idle_s"},
+        }
+        pace = LanePace(**{name: 0.5 + place for place, name in enumerate(paces.values())})
+        lanes = [
+            LaneStats(lane=index, pace=pace, **{name: 100 * index + place for place, name in enumerate(names.values())})
+            for index in range(2)
+        ]
+        context = seen(lanes, hit_tokens=(7, 8), queue=9, waited_s=0.25, max_tokens=30)
+        for place, signal in enumerate(names):
+            self.assertEqual(getattr(context, signal).tolist(), [place, 100 + place], signal)
+        for place, signal in enumerate(paces):
+            self.assertEqual(getattr(context, signal).tolist(), [0.5 + place] * 2, signal)
+        arrays = {name for name in context._fields if name.endswith("_A")}
+        self.assertEqual(arrays - set(names) - set(paces), {"eligible_A", "local_A", "hit_tokens_A"})
+        self.assertEqual(context.hit_tokens_A.tolist(), [7, 8])
+        self.assertEqual((context.prompt_tokens, context.max_tokens), (100, 30))
+        self.assertEqual((context.waited_s, context.queue), (0.25, 9))
+
+    def test_a_router_cannot_change_what_it_sees(self):
+        context = seen([lane(0), lane(1)])
+        for name in context._fields:
+            if name.endswith("_A"):
+                with self.assertRaisesRegex(ValueError, "read-only"):
+                    getattr(context, name)[0] = 1
 
 
 class PredictionTest(parameterized.TestCase):
