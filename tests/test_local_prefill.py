@@ -46,12 +46,12 @@ class LocalPrefillTest(parameterized.TestCase):
 
     def test_tokens_that_are_yet_to_be_computed_are_told_for_each_mesh(self):
         bench = self._bench(polls=_never, prefill_buckets=(2 * PAGE,))
-        bench.submit(*(make_request(f"near {index}", NEAR, max_tokens=2) for index in range(2)))
+        bench.submit(make_request("near", NEAR[:3], max_tokens=2))
         bench.submit(*(make_request(f"far {index}", FAR, max_tokens=2) for index in range(3)))
         for _ in range(3):
             bench.step()  # what is in a call that has not ended still counts
             stats = bench.scheduler.lanes[0].stats(bench.clock())
-            self.assertEqual((stats.queued_prefill_tokens, stats.queued_local_tokens), (9 * PAGE, 4 * PAGE))
+            self.assertEqual((stats.queued_prefill_tokens, stats.queued_local_tokens), (9 * PAGE, PAGE))
 
     def test_a_prompt_that_waits_for_pages_does_not_wait_for_prefill(self):
         bench = self._bench(polls=_never)
@@ -88,12 +88,15 @@ class LocalPrefillTest(parameterized.TestCase):
         self.assertGreater(bench.scheduler.lane_stats()[0].pace.prefill_s_per_token, 0.0)
 
     def test_the_pace_of_the_link_does_not_count_the_call_that_it_waited_for(self):
-        bench = self._bench(polls=lambda what: 200 if what == "call" else 0)
+        bench = self._bench(polls=lambda what: 9 if what == "call" else 0)
         bench.submit(make_request("far", FAR, max_tokens=3))
+        while bench.state("far") is not State.FINISHED:
+            bench.clock.sleep(1.0)  # the host looks seldom
+            bench.step()
         (end,) = bench.drain().values()
+        self.assertGreater(end.metrics.prefill_s, 1.9)
         pace = bench.scheduler.lane_stats()[0].pace
-        self.assertGreater(end.metrics.prefill_s, 0.01)
-        self.assertLess(pace.transfer_s_per_byte * end.metrics.transfer_bytes, 0.1 * end.metrics.prefill_s)
+        self.assertLess(pace.transfer_s_per_byte * end.metrics.transfer_bytes, 0.5)
 
     def test_a_prompt_that_has_its_pages_does_not_wait_behind_one_that_has_none(self):
         bench = self._bench()

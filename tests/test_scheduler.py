@@ -112,6 +112,15 @@ class LanesTest(parameterized.TestCase):
         self.assertGreater(len(orders[1]), 2 * len(orders[0]))
         self.assertNotEmpty(orders[0])
 
+    def test_a_lane_takes_no_more_than_may_be_before_its_slots(self):
+        pairs = _pairs(2, max_prefills=3, polls=lambda what: 10**9 if what == "call" else 0)
+        bench = self._bench(pairs)
+        bench.submit(*_requests(10))
+        for _ in range(3):
+            bench.step()
+        self.assertEqual([lane.num_before_slot for lane in bench.scheduler.lanes], [3, 3])
+        bench.scheduler.shutdown()
+
     def test_one_that_fails_does_not_disturb_the_others(self):
         pairs = _pairs(2)
         bench = Bench(pairs)
