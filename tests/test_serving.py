@@ -307,6 +307,14 @@ class OutcomeTest(parameterized.TestCase):
         self.assertIs(bench.state("0"), State.TIMED_OUT)
         self.assertEqual(told, [RouteOutcome(answered=False)])
 
+    def test_the_router_is_not_told_of_a_request_that_was_cancelled_on_its_lane(self):
+        bench, seen, _, told = self._watched()
+        bench.submit(make_request("0", (1, 2), max_tokens=30))
+        bench.until("0", State.DECODE)
+        self.assertTrue(bench.scheduler.cancel("0"))
+        bench.drain()
+        self.assertEqual((len(seen), told), (1, []))
+
     def test_the_router_sees_who_waits_and_for_how_long(self):
         bench, seen, _, _ = self._watched()
         bench.pairs[0].switched_on = False
