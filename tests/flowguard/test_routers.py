@@ -114,7 +114,8 @@ class PreferenceTest(parameterized.TestCase):
 
     @parameterized.parameters("prefix_aware", "kv_cost", "min_latency", "weighted_scorers", "flowguard")
     def test_the_lane_that_knows_the_prompt_is_taken(self, name):
-        self.assertEqual(_arm(name, [lane(0), lane(1), lane(2)], hit_tokens=(0, 90, 20)), 1)
+        for hit_tokens, arm in (((0, 90, 20), 1), ((90, 20, 0), 0), ((20, 0, 90), 2)):
+            self.assertEqual(_arm(name, [lane(0), lane(1), lane(2)], hit_tokens=hit_tokens), arm)
 
     def test_prefix_aware_balances_where_loads_differ_much(self):
         lanes = [lane(0, running=40), lane(1, running=3)]
@@ -502,3 +503,22 @@ class FlowGuardTest(parameterized.TestCase):
         for name in ("a", "a", "b"):
             flowguard.learn(name, GOOD, 1.0)
         self.assertEqual(told, [(0, True)])
+
+    def test_another_policy_learns_nothing_of_the_requests_under_way(self):
+        told = []
+
+        def make(name: str) -> Policy:
+            return Policy(
+                init=lambda: 0,
+                choose=lambda state, context, noise: (Route(0), state),
+                update=lambda state, context, route, outcome: told.append(name) or state,
+            )
+
+        flowguard = FlowGuard(lambda lanes: make("first"), num_lanes=1, seed=0)
+        for name in ("a", "b"):
+            flowguard.route(ask(1, request_id=name), [lane(0)], [True])
+            flowguard.begun(0.0)
+        flowguard.learn("a", GOOD, 1.0)
+        flowguard.use(lambda lanes: make("second"))
+        flowguard.learn("b", GOOD, 1.0)
+        self.assertEqual(told, ["first"])
