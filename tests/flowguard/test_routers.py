@@ -372,6 +372,15 @@ class FlowGuardPolicyTest(parameterized.TestCase):
         self.assertEqual(explored(0.0), {0: 1.0})
         self.assertEqual(explored(0.1), {0: 0.75, 1: 0.25})
 
+    def test_the_guard_counts_what_the_request_has_waited_already(self):
+        quick = dataclasses.replace(BUSY, prefill_s_per_token=0.0005)  # 0.1 s to the first token, else 0.15 s
+        policy, lanes = routers.flowguard(2, explore=1.0), [lane(0), lane(1, pace=quick)]
+        for waited_s, propensities in ((0.8, {0: 0.5, 1: 0.5}), (0.87, {1: 1.0}), (0.95, {0: 0.5, 1: 0.5})):
+            routes = [
+                policy.choose(policy.init(), seen(lanes, waited_s=waited_s), _noise(2, seed))[0] for seed in range(30)
+            ]
+            self.assertEqual({route.arm: route.propensity for route in routes}, propensities, waited_s)
+
     def test_a_lane_is_judged_by_the_way_that_its_prompt_would_take(self):
         lanes = [lane(0, local_tokens=128, queued_prefill_tokens=300), lane(1, queued_prefill_tokens=120)]
         policy = routers.flowguard(2, explore=0.0)
