@@ -1,5 +1,7 @@
 """The exactness audit, on an engine that answers as told and on the tiny model."""
 
+import dataclasses
+
 from absl.testing import parameterized
 
 from streamserve.audit import audit
@@ -80,3 +82,30 @@ class AuditTest(parameterized.TestCase):
         with self.assertRaisesRegex(RuntimeError, "could not decode a again: no page"):
             audit(engine, [(_prompt("a"), _answer("a", (1, 2)))], depth=2)
         self.assertEqual(engine.pins[-1], (None, None))
+
+    def test_log_probabilities_are_compared_up_to_the_token_that_differs_and_it_too(self):
+        wide = {"a": _answer("a", (1, 7, 3), (0.5, 0.5, 0.5))}
+        one = {"a": _answer("a", (1, 6, 3), (0.5, 0.75, 9.0))}  # it lists 7 as the second best; then all is different
+        report = audit(_ToldEngine({(0, 2): wide, (0, None): one}), [(_prompt("a"), _answer("a", (1, 7, 3)))], depth=2)
+        self.assertAlmostEqual(report.largest_logprob_difference, 0.75)
+
+    def test_the_wide_margin_is_unknown_where_wide_decoding_went_another_way_before(self):
+        wide = {"a": _answer("a", (9, 2, 3), (0.5, 0.5, 0.5))}
+        one = {"a": _answer("a", (1, 2, 4), (0.5, 0.5, 0.25))}
+        report = audit(_ToldEngine({(0, 2): wide, (0, None): one}), [(_prompt("a"), _answer("a", (1, 2, 3)))], depth=2)
+        (found,) = report.divergences
+        self.assertEqual((found.position, found.margin, found.wide_margin), (2, 0.25, None))
+
+    def test_the_largest_margin_is_told(self):
+        margins = {"a": 0.5, "b": 0.0625}
+        one = {name: _answer(name, (1,), (margin,)) for name, margin in margins.items()}
+        engine = _ToldEngine({(0, 2): one, (0, None): one})
+        report = audit(engine, [(_prompt(name), _answer(name, (2,))) for name in margins], depth=2)
+        self.assertIn("largest top-2 margin at a divergence 5.00e-01", str(report))
+
+    def test_what_is_decoded_again_has_all_the_time_and_the_log_probabilities_that_were_asked_for(self):
+        one = {"a": _answer("a", (1,), (0.5,))}
+        engine = _ToldEngine({(0, 2): one, (0, None): one})
+        prompt = dataclasses.replace(_prompt("a", logprobs=5), timeout_s=1.0)
+        audit(engine, [(prompt, _answer("a", (1,)))], depth=2)
+        self.assertEqual([(asked.timeout_s, asked.params.logprobs) for (asked,) in engine.asked], [(None, 5)] * 2)

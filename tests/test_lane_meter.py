@@ -68,3 +68,20 @@ class LaneMeterTest(parameterized.TestCase):
         pace = meter.pace(2.0)
         self.assertEqual((pace.tokens_per_tick, pace.accepted_per_step), (2.0, 1.0))
         self.assertEqual((pace.tpot_s, pace.transfer_s_per_byte, pace.idle_s), (0.0, 0.0, 0.0))
+
+    def test_what_was_left_out_does_not_weigh_later_either(self):
+        meter = LaneMeter()
+        meter.ended(0.1, 0.0)  # it had one token
+        meter.ended(0.1, 0.04)
+        meter.arrived(10, 0, 0.5)  # nothing moved, whatever was waited for
+        meter.arrived(100, 3000, 0.06)
+        pace = meter.pace(0.0)
+        self.assertAlmostEqual(pace.tpot_s, 0.04)
+        self.assertAlmostEqual(pace.transfer_s_per_byte, 2e-5)
+
+    def test_a_step_that_drafted_nothing_is_a_step(self):
+        meter = LaneMeter()
+        meter.ticked(_output([[0, 2], [0, -1]], [[0, 1], [0, -1]]), 2, 4, 0.02, 1.0)
+        pace = meter.pace(1.0)
+        self.assertAlmostEqual(pace.drafted_per_step, 2 / 3)
+        self.assertAlmostEqual(pace.accepted_per_step, 1 / 3)

@@ -6,11 +6,12 @@ from absl.testing import parameterized
 
 from streamserve.ending import Refused
 from streamserve.flowguard import FlowGuard, routers
+from streamserve.lane import HAND_OFFS_AHEAD
 from streamserve.lifecycle import State
 from tests import doubles
 from tests.doubles import make_request
 from tests.fake_programs import FakeClock, FakePrograms, fake_scheduler, quiet_output
-from tests.faults import Bench, Fault, FaultyPair, Kind
+from tests.faults import Bench, Fault, FaultyPair, Kind, exhaust, restock
 
 
 def _pairs(count: int = 1, **config) -> list[FaultyPair]:
@@ -111,6 +112,44 @@ class LanesTest(parameterized.TestCase):
         bench.drain()
         self.assertGreater(len(orders[1]), 2 * len(orders[0]))
         self.assertNotEmpty(orders[0])
+
+    def test_a_lane_takes_no_more_than_may_be_before_its_slots(self):
+        pairs = _pairs(2, max_prefills=3, polls=lambda what: 10**9 if what == "call" else 0)
+        bench = self._bench(pairs)
+        bench.submit(*_requests(10))
+        for _ in range(3):
+            bench.step()
+        self.assertEqual([lane.num_before_slot for lane in bench.scheduler.lanes], [3, 3])
+        bench.scheduler.shutdown()
+
+    def test_few_more_hand_offs_are_under_way_than_there_are_slots_for(self):
+        pairs = _pairs(max_num_seqs=1, max_prefills=9, polls=lambda what: 10**9 if what == "transfer" else 0)
+        bench = self._bench(pairs)
+        bench.submit(*_requests(9))
+        for _ in range(9):
+            bench.step()
+        self.assertLen(bench.scheduler.lanes[0]._transit, 1 + HAND_OFFS_AHEAD)
+        bench.scheduler.shutdown()
+
+    def test_a_computed_prompt_that_waits_for_pages_is_overtaken_by_a_more_important_one_alone(self):
+        bench = self._bench(_pairs(max_prefills=9))
+        store = bench.pairs[0].decode_store
+        taken = exhaust(store, leave=2)  # enough for the small one
+        long, urgent = (make_request(name, tuple(range(12)), max_tokens=2) for name in ("long", "urgent"))
+        for request in (long, make_request("small", (1, 2), max_tokens=2)):
+            bench.submit(request)
+            for _ in range(4):
+                bench.step()
+        self.assertEqual([bench.state(name) for name in ("long", "small")], [State.PREFILL] * 2)
+        bench.submit(dataclasses.replace(urgent, priority=-1))
+        for _ in range(4):
+            bench.step()
+        restock(store, taken[:2])
+        bench.until("urgent", State.DECODE, limit=20)
+        self.assertEqual([bench.state(name) for name in ("long", "small")], [State.PREFILL] * 2)
+        restock(store, taken[2:])
+        for name, end in bench.drain().items():
+            self.assertEqual(end.completion.token_ids, quiet_output(bench.requests[name]))
 
     def test_one_that_fails_does_not_disturb_the_others(self):
         pairs = _pairs(2)

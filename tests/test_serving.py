@@ -1,15 +1,18 @@
 """Open-loop serving over lanes without devices, and the wait for ticks when anything else may happen."""
 
+import dataclasses
+
 from absl.testing import parameterized
 
+from streamserve.bandits import Policy
 from streamserve.ending import Refused
 from streamserve.flowguard import FlowGuard, Route, RouteOutcome
 from streamserve.flowguard.routers.picking import stateless
 from streamserve.lifecycle import State
-from streamserve.scheduler import TICK_POLL_S
+from streamserve.scheduler import POLL_S, TICK_POLL_S
 from tests.doubles import assert_empty, make_request
 from tests.fake_programs import FakePrograms, fake_scheduler, quiet_output
-from tests.faults import Bench, FaultyPair
+from tests.faults import Bench, Fault, FaultyPair, Kind, exhaust, restock
 
 
 def _pairs(count: int = 1, **config) -> list[FaultyPair]:
@@ -24,6 +27,7 @@ def _arrivals(count: int, gap_s: float, **params):
 class OpenLoopTest(parameterized.TestCase):
     def _serve(self, arrivals, pairs=None, **config):
         bench = Bench(_pairs() if pairs is None else pairs, **config)
+        bench.clock.sleep(100.0)  # a clock does not begin with a run
         began_s = bench.clock()
         ends = {end.request_id: end for end in bench.scheduler.serve(arrivals)}
         self.assertTrue(bench.scheduler.idle)
@@ -99,12 +103,13 @@ class WatchTest(parameterized.TestCase):
 
             def step(tier, plan, pair=pair, step=pair.step):
                 pending = step(tier, plan)
+                held = dispatched[pair.index]
                 ends[id(pending)] = 0.05 + max([bench.clock(), *(ends[id(one)] for one in held[-1:])])
                 held.append(pending)
                 return pending
 
             def read(pending, read=pair.read):
-                reads.append(bench.clock())
+                reads.append((bench.clock(), ends[id(pending)]))
                 bench.clock.sleep(max(0.0, ends[id(pending)] - bench.clock()))
                 return read(pending)
 
@@ -114,11 +119,11 @@ class WatchTest(parameterized.TestCase):
 
             pair.step, pair.read, pair.begin = step, read, begin
             pair.is_done = lambda pending: bench.clock() >= ends[id(pending)]
-        ends, held = {}, []
-        return bench, begun
+        ends, dispatched = {}, [[] for _ in bench.pairs]
+        return bench, begun, reads
 
     def test_an_arrival_does_not_wait_for_the_end_of_a_tick(self):
-        bench, begun = self._arrived_in_a_tick(1)
+        bench, begun, _ = self._arrived_in_a_tick(1)
         first = make_request("first", (1, 2), max_tokens=36)
         arrivals = [(0.0, first), *((0.22 + 0.213 * i, make_request(str(i), (1,), max_tokens=1)) for i in range(8))]
         began_s = bench.clock()
@@ -128,11 +133,29 @@ class WatchTest(parameterized.TestCase):
         self.assertLess(max(lateness), 5 * TICK_POLL_S)
 
     def test_offline_a_lane_alone_waits_for_its_tick(self):
-        bench, _ = self._arrived_in_a_tick(1)
+        bench, _, _ = self._arrived_in_a_tick(1)
+        list(bench.scheduler.serve(_arrivals(1, 0.0, max_tokens=4)))  # and forgets that it watched before
         sleeps, sleep = [], bench.clock.sleep
         bench.scheduler._sleep = lambda seconds: sleeps.append(seconds) or sleep(seconds)
         list(bench.scheduler.run([make_request("0", (1, 2), max_tokens=20)]))
         self.assertNotIn(TICK_POLL_S, sleeps)
+
+    def test_it_looks_seldom_while_no_tick_is_nearly_due_and_often_when_one_is(self):
+        bench, _, reads = self._arrived_in_a_tick(2)
+        sleeps, sleep = [], bench.clock.sleep
+        bench.scheduler._sleep = lambda seconds: sleeps.append((bench.clock(), seconds)) or sleep(seconds)
+        apart = [(0.0, make_request("0", (1, 2), max_tokens=36)), (0.0255, make_request("1", (1, 2), max_tokens=36))]
+        list(bench.scheduler.serve(apart))
+        expected = reads[6:-6]  # nobody knows how long the first ticks take
+        self.assertGreater(len(expected), 20)
+        self.assertLess(max(read_s - done_s for read_s, done_s in expected), 1.2 * POLL_S)
+        between = [seconds for now_s, seconds in sleeps if expected[0][0] < now_s < expected[-1][0]]
+        self.assertGreater(between.count(TICK_POLL_S), 3 * between.count(POLL_S))
+
+    def test_a_tick_is_timed_from_the_end_of_the_one_before(self):
+        bench, _, _ = self._arrived_in_a_tick(1)
+        list(bench.scheduler.serve(_arrivals(1, 0.0, max_tokens=36)))
+        self.assertAlmostEqual(bench.scheduler.lane_stats()[0].pace.tick_s, 0.05, delta=0.002)
 
 
 class OutcomeTest(parameterized.TestCase):
@@ -246,3 +269,103 @@ class OutcomeTest(parameterized.TestCase):
             wired.step()
             wired.use_pairs(bench.pairs)
         wired.shutdown()
+
+    def _watched(self, count: int = 1, **config):
+        """Lanes, all that is shown to a router that goes to the first of them, and all that it is told."""
+        seen, states, told = [], [], []
+
+        def choose(state, context, noise_A2):
+            seen.append(context)
+            states.append(state)
+            return Route(int(context.eligible_A.argmax())), state + 1
+
+        def update(state, context, route, outcome):
+            told.append(outcome)
+            return state
+
+        policy = Policy(init=lambda: 0, choose=choose, update=update)
+        flowguard = FlowGuard(lambda lanes: policy, num_lanes=count, seed=0)
+        return Bench(_pairs(count, **config), flowguard=flowguard), seen, states, told
+
+    def test_the_router_is_told_the_times_of_an_answer(self):
+        bench, _, _, told = self._watched(max_num_seqs=1, decode_batches=(), max_prefills=1)
+        bench.submit(*(request for _, request in _arrivals(6, 0.0, max_tokens=7)))
+        ends = list(bench.drain().values())
+        self.assertLen(told, 6)
+        for outcome, end in zip(told, ends, strict=True):
+            times = end.metrics
+            self.assertAlmostEqual(outcome.ttft_s, times.first_token_s - times.arrival_s)
+            self.assertAlmostEqual(outcome.tpot_s, (times.finished_s - times.first_token_s) / 6)
+            self.assertAlmostEqual(outcome.latency_s, times.finished_s - times.arrival_s)
+        self.assertGreater(ends[-1].metrics.queue_s, 0.0)
+
+    def test_the_router_is_told_of_a_request_whose_time_ran_out(self):
+        bench, _, _, told = self._watched()
+        bench.submit(dataclasses.replace(make_request("0", (1, 2), max_tokens=30), timeout_s=1.0))
+        bench.until("0", State.DECODE)
+        bench.clock.sleep(2.0)
+        bench.step()
+        self.assertIs(bench.state("0"), State.TIMED_OUT)
+        self.assertEqual(told, [RouteOutcome(answered=False)])
+
+    def test_the_router_is_not_told_of_a_request_that_was_cancelled_on_its_lane(self):
+        bench, seen, _, told = self._watched()
+        bench.submit(make_request("0", (1, 2), max_tokens=30))
+        bench.until("0", State.DECODE)
+        self.assertTrue(bench.scheduler.cancel("0"))
+        bench.drain()
+        self.assertEqual((len(seen), told), (1, []))
+
+    def test_the_router_sees_who_waits_and_for_how_long(self):
+        bench, seen, _, _ = self._watched()
+        bench.pairs[0].switched_on = False
+        bench.submit(*(request for _, request in _arrivals(3, 0.0, max_tokens=2)))
+        bench.step()
+        bench.clock.sleep(5.0)
+        bench.pairs[0].switched_on = True
+        bench.drain()
+        self.assertEqual([context.queue for context in seen], [3, 2, 1])
+        for context in seen:
+            self.assertAlmostEqual(context.waited_s, 5.0, delta=0.01)
+
+    def test_the_router_sees_what_each_lane_knows_of_a_prompt(self):
+        bench, seen, _, _ = self._watched(2)
+        for _ in range(2):
+            bench.ends.clear()
+            bench.submit(make_request("0", tuple(range(9)), max_tokens=2))
+            bench.drain()
+        self.assertEqual([context.hit_tokens_A.tolist() for context in seen], [[0, 0], [8, 0]])
+
+    def test_a_request_that_goes_on_elsewhere_asks_for_what_is_left(self):
+        bench, seen, _, _ = self._watched(2)
+        bench.submit(make_request("0", (1, 2), max_tokens=20))
+        bench.until("0", State.DECODE)
+        for _ in range(3):
+            bench.step()
+        emitted = bench.scheduler._known["0"].num_tokens
+        self.assertGreater(emitted, 0)
+        bench.pairs[0].switched_on = False
+        bench.drain()
+        # Its latest token goes into its first tick, and is not prefilled.
+        asked = [(context.prompt_tokens, context.max_tokens) for context in seen]
+        self.assertEqual(asked, [(2, 20), (2 + emitted - 1, 20 - emitted)])
+
+    def test_a_lane_that_refuses_is_passed_over_and_its_decision_does_not_stand(self):
+        bench, seen, states, told = self._watched(2)
+        taken = exhaust(bench.pairs[0].prefill_store)
+        bench.submit(make_request("0", tuple(range(9)), max_tokens=2))
+        bench.step()
+        self.assertEqual(bench.scheduler._known["0"].lane, 1)
+        self.assertEqual([context.eligible_A.tolist() for context in seen], [[True, True], [False, True]])
+        self.assertEqual(states, [0, 0])
+        restock(bench.pairs[0].prefill_store, taken)
+        bench.drain()
+        self.assertLen(told, 1)
+
+    def test_the_time_in_a_slot_does_not_count_the_way_to_it(self):
+        bench, _, _, _ = self._watched()
+        bench.faults.plan.append(Fault("transfer", Kind.LATE, polls=300))
+        bench.submit(make_request("0", (1, 2), max_tokens=20))
+        (end,) = bench.drain().values()
+        self.assertGreater(end.metrics.transfer_s, 0.05)
+        self.assertBetween(bench.scheduler.lane_stats()[0].pace.decode_s, 1e-6, 0.02)

@@ -27,7 +27,16 @@ class RouteLogTest(parameterized.TestCase):
         flowguard = FlowGuard(ROUTERS[name], num_lanes=3, seed=seed, log=log)
         routes = []
         for turn in range(60):
-            lanes = [lane(index, running=(turn * (index + 2)) % 5, in_transit=turn % 3) for index in range(3)]
+            lanes = [
+                lane(
+                    index,
+                    running=(turn * (index + 2)) % 5,
+                    in_transit=turn % 3,
+                    queued_prefill_tokens=90 * (turn % 7),
+                    local_tokens=128 if index == 1 else 0,
+                )
+                for index in range(3)
+            ]
             asked = ask(3, request_id=str(min(turn, 58)), hit_tokens=(turn, 0, 99 - turn), waited_s=turn / 7)
             flowguard.route(asked, lanes, [turn % 5 != 0, True, True])
             if turn % 4 == 0:  # a lane refuses, and nothing of that is logged
@@ -51,9 +60,12 @@ class RouteLogTest(parameterized.TestCase):
         self.assertEqual(header, {"policy": name, "seed": 5})
         self.assertEqual([one.route for one in logged], routes)
         self.assertEqual([one.chosen_s for one in logged], [turn + 0.125 for turn in range(60)])
+        self.assertEqual((logged[7].learned_s, logged[20].learned_s), (11.25, None))
         self.assertEqual(logged[7].context.prompt_tokens, 100)
         self.assertEqual(logged[7].context.hit_tokens_A.tolist(), [7, 0, 92])
         self.assertEqual(logged[7].context.waited_s, 1.0)
+        self.assertEqual(logged[7].context.local_A.tolist(), [False, True, False])
+        self.assertEqual(any(one.route.local for one in logged), name == "flowguard")
         self.assertIsNone(logged[20].outcome)
         self.assertIsNone(logged[58].outcome)  # it was routed anew
         self.assertEqual(replay_routes(ROUTERS[name](3), logged, num_lanes=3, seed=5), [])

@@ -15,7 +15,7 @@ from streamserve.flowguard import FlowGuard, Route, RouteOutcome, is_good, route
 from streamserve.flowguard.predict import predict
 from streamserve.flowguard.routers import scorers
 from streamserve.parts import ROUTERS
-from streamserve.types import LanePace
+from streamserve.types import LanePace, LaneStats
 from tests.flowguard.lane_states import BUSY, OBJECTIVE, ask, contexts, lane, seen
 
 GOOD = RouteOutcome(answered=True, ttft_s=0.1, tpot_s=0.01, latency_s=1.0, output_tokens=90)
@@ -114,13 +114,44 @@ class PreferenceTest(parameterized.TestCase):
 
     @parameterized.parameters("prefix_aware", "kv_cost", "min_latency", "weighted_scorers", "flowguard")
     def test_the_lane_that_knows_the_prompt_is_taken(self, name):
-        self.assertEqual(_arm(name, [lane(0), lane(1), lane(2)], hit_tokens=(0, 90, 20)), 1)
+        for hit_tokens, arm in (((0, 90, 20), 1), ((90, 20, 0), 0), ((20, 0, 90), 2)):
+            self.assertEqual(_arm(name, [lane(0), lane(1), lane(2)], hit_tokens=hit_tokens), arm)
 
     def test_prefix_aware_balances_where_loads_differ_much(self):
         lanes = [lane(0, running=40), lane(1, running=3)]
         self.assertEqual(_arm("prefix_aware", lanes, hit_tokens=(90, 0)), 1)
         self.assertEqual(_arm("prefix_aware", [lane(0, running=20), lane(1)], hit_tokens=(90, 0)), 0)
         self.assertEqual(_arm("prefix_aware", [lane(0, running=20), lane(1)], hit_tokens=(40, 0)), 1)  # hardly known
+
+    def test_prefix_aware_balances_when_both_limits_are_exceeded_and_not_at_them(self):
+        def arm(first: int, second: int, known: int) -> int:
+            return _arm("prefix_aware", [lane(0, running=first), lane(1, running=second)], hit_tokens=(known, 0))
+
+        self.assertEqual([arm(33, 0, 90), arm(32, 0, 90)], [1, 0])
+        self.assertEqual([arm(400, 365, 90), arm(400, 360, 90)], [0, 1])  # 35 and 40 more, 1.096 and 1.11 times
+        self.assertEqual([arm(20, 3, 51), arm(20, 3, 50)], [0, 1])
+
+    def test_prefix_aware_looks_at_no_lane_that_is_full(self):
+        def arm(full, **fields) -> int:
+            return _arm("prefix_aware", [lane(0), lane(1, running=2), full], eligible=[True, True, False], **fields)
+
+        self.assertEqual(arm(lane(2), hit_tokens=(10, 0, 90)), 1)  # where it may go, the prompt is hardly known
+        self.assertEqual(arm(lane(2, running=40), hit_tokens=(90, 0, 0)), 0)  # and loads are alike
+
+    def test_kv_cost_weighs_what_it_is_told_to(self):
+        def arm(lanes, hits, **weights) -> int:
+            policy = ROUTERS["kv_cost"](2, **weights)
+            return policy.choose((), seen(lanes, hit_tokens=hits), np.full((2, 2), 0.5))[0].arm
+
+        alike = [lane(0, in_transit=1), lane(1, in_transit=4)]
+        self.assertEqual([arm(alike, (0, 0), request_weight=1.0), arm(alike[::-1], (0, 0), request_weight=1.0)], [0, 1])
+        known = [lane(0, free_pages=8), lane(1, free_pages=9)]  # 64 tokens less to compute, and 64 more held
+        scaled = [arm(known, (64, 0), prefill_scale=scale) for scale in (2.0, 0.5)]
+        self.assertEqual(scaled, [0, 1])
+
+    def test_min_latency_takes_the_less_loaded_of_lanes_that_have_measured_nothing(self):
+        lanes = [lane(0, pace=LanePace(), in_transit=2), lane(1, pace=LanePace())]
+        self.assertEqual([_arm("min_latency", lanes), _arm("min_latency", lanes[::-1])], [1, 0])
 
     def test_kv_cost_adds_blocks_to_compute_and_blocks_held(self):
         # 100 + 156 tokens in blocks of 64 and 30 pages held, against 100 tokens and 33 pages.
@@ -168,8 +199,71 @@ class PreferenceTest(parameterized.TestCase):
         # Full pages count for no more than an outstanding request in a hundred slots.
         lanes = [lane(0, free_pages=0, running=10, num_slots=100), lane(1, free_pages=40, running=11, num_slots=100)]
         self.assertEqual(_arm("flowguard_paper", lanes), 0)
+        self.assertEqual(_arm("flowguard_paper", [lane(0, free_pages=0), lane(1, free_pages=40)]), 1)
+        # Ten in a hundred slots are less than three in four.
+        self.assertEqual(_arm("flowguard_paper", [lane(0, running=10, num_slots=100), lane(1)]), 0)
         late = LanePace(ttft_s=2.0)
         self.assertEqual(_arm("flowguard_paper", [lane(0, pace=late), lane(1, in_transit=2)]), 1)
+
+
+class SignalsTest(parameterized.TestCase):
+    def test_every_signal_is_that_of_its_name(self):
+        names = {  # what a router sees, and what the lane calls it
+            **{"slots_A": "num_slots", "free_slots_A": "free_slots", "pages_A": "num_pages"},
+            **{"free_pages_A": "free_pages", "page_tokens_A": "page_tokens", "waiting_A": "waiting"},
+            **{"in_transit_A": "in_transit", "running_A": "running", "queued_tokens_A": "queued_prefill_tokens"},
+            **{"local_queued_A": "queued_local_tokens", "backlog_bytes_A": "transfer_backlog_bytes"},
+        }
+        paces = {
+            **{"prefill_s_A": "prefill_s_per_token", "transfer_s_A": "transfer_s_per_byte"},
+            **{"token_bytes_A": "transfer_bytes_per_token", "tick_s_A": "tick_s", "tick_tokens_A": "tokens_per_tick"},
+            **{"accepted_A": "accepted_per_step", "depth_A": "drafted_per_step", "decode_s_A": "decode_s"},
+            **{"ttft_s_A": "ttft_s", "tpot_s_A": "tpot_s", "idle_s_A": "idle_s"},
+        }
+        pace = LanePace(**{name: 0.5 + place for place, name in enumerate(paces.values())})
+        lanes = [
+            LaneStats(lane=index, pace=pace, **{name: 100 * index + place for place, name in enumerate(names.values())})
+            for index in range(2)
+        ]
+        context = seen(lanes, hit_tokens=(7, 8), queue=9, waited_s=0.25, max_tokens=30)
+        for place, signal in enumerate(names):
+            self.assertEqual(getattr(context, signal).tolist(), [place, 100 + place], signal)
+        for place, signal in enumerate(paces):
+            self.assertEqual(getattr(context, signal).tolist(), [0.5 + place] * 2, signal)
+        arrays = {name for name in context._fields if name.endswith("_A")}
+        self.assertEqual(arrays - set(names) - set(paces), {"eligible_A", "local_A", "hit_tokens_A"})
+        self.assertEqual(context.hit_tokens_A.tolist(), [7, 8])
+        self.assertEqual((context.prompt_tokens, context.max_tokens), (100, 30))
+        self.assertEqual((context.waited_s, context.queue), (0.25, 9))
+
+    def test_a_router_cannot_change_what_it_sees(self):
+        context = seen([lane(0), lane(1)])
+        for name in context._fields:
+            if name.endswith("_A"):
+                with self.assertRaisesRegex(ValueError, "read-only"):
+                    getattr(context, name)[0] = 1
+
+
+class ScoresTest(parameterized.TestCase):
+    def test_each_by_hand(self):
+        shallow = dataclasses.replace(BUSY, accepted_per_step=0.5, drafted_per_step=1.0)
+        lanes = [
+            lane(0, waiting=2, in_transit=1, running=1),  # ten of forty pages
+            lane(1, waiting=6, pace=shallow, free_pages=40),
+            lane(2, waiting=99),
+        ]
+        context = seen(lanes, eligible=[True, True, False], hit_tokens=(25, 0, 100), waited_s=0.5)
+        predicted = predict(context)
+        for score, want in (
+            (scorers.prefix, [0.25, 0, 1]),
+            (scorers.pages, [9 / 40, 1, 9 / 40]),
+            (scorers.slots, [0.5, 0.25, 0.25]),
+            (scorers.queue, [1, 0, 0]),  # the third may not take it, and does not stretch the scale
+            (scorers.acceptance, [2.5 / 4, 1.5 / 2, 2.5 / 4]),  # the bonus token counts on both sides
+        ):
+            np.testing.assert_allclose(score(context), want, err_msg=score.__name__)
+        np.testing.assert_allclose(scorers.ttft(context, predicted), 1 / (1.5 + predicted.ttft_s_A))
+        np.testing.assert_allclose(scorers.tpot(context, predicted), [0.1 / 0.105] * 3)
 
 
 class PredictionTest(parameterized.TestCase):
@@ -240,6 +334,58 @@ class FlowGuardPolicyTest(parameterized.TestCase):
             jax.tree.map(np.copy, still.init()).weight_F.tolist(),
             still.update(still.init(), context, Route(0), RouteOutcome(False)).weight_F.tolist(),
         )
+
+    @parameterized.parameters("ttft", "tpot", "acceptance", "prefix", "slots", "pages")
+    def test_a_weight_is_that_of_the_score_of_its_name(self, name):
+        lanes = {
+            "ttft": lane(0, pace=dataclasses.replace(BUSY, prefill_s_per_token=0.0)),
+            "tpot": lane(1, pace=dataclasses.replace(BUSY, tokens_per_tick=8.0)),
+            "acceptance": lane(2, pace=dataclasses.replace(BUSY, accepted_per_step=3.0)),
+            "prefix": lane(3),
+            "slots": lane(4, running=1),
+            "pages": lane(5, free_pages=40),
+        }
+        context = seen(list(lanes.values()), hit_tokens=(0, 0, 0, 50, 0, 0))
+        weights = dict.fromkeys(lanes, 0.0) | {name: 1.0}
+        policy = routers.flowguard(6, explore=0.0, **weights)
+        self.assertEqual(policy.choose(policy.init(), context, _noise(6, 0))[0].arm, list(lanes).index(name))
+
+    def test_outcomes_are_forgotten_and_a_local_one_counts_as_such(self):
+        policy = routers.flowguard(1, forget=1.0)
+        context = seen([lane(0, local_tokens=128, queued_prefill_tokens=900)])
+        for route, predicted in ((Route(0), predict(context)), (Route(0, local=True), predict(context, local=True))):
+            state = policy.update(policy.update(policy.init(), context, route, GOOD), context, route, GOOD)
+            (score,), faded = scorers.ttft(context, predicted), 1 + np.exp(-1)
+            self.assertAlmostEqual(state.gram_FF[0, 0], score**2 * faded)
+            self.assertAlmostEqual(state.sum_F[0], score * faded)
+
+    def test_the_guard_lets_predictions_err_by_the_margin_and_exploring_keeps_within_it(self):
+        late = dataclasses.replace(BUSY, prefill_s_per_token=0.01)  # its first token takes 1.05 s
+        later = dataclasses.replace(BUSY, prefill_s_per_token=0.02)
+        context = seen([lane(0), lane(1, pace=late), lane(2, pace=later)])
+
+        def explored(margin: float) -> dict[int, float]:
+            policy = routers.flowguard(3, explore=0.5, margin=margin)
+            routes = [policy.choose(policy.init(), context, _noise(3, seed))[0] for seed in range(60)]
+            return {route.arm: route.propensity for route in routes}
+
+        self.assertEqual(explored(0.0), {0: 1.0})
+        self.assertEqual(explored(0.1), {0: 0.75, 1: 0.25})
+
+    def test_the_guard_counts_what_the_request_has_waited_already(self):
+        quick = dataclasses.replace(BUSY, prefill_s_per_token=0.0005)  # 0.1 s to the first token, else 0.15 s
+        policy, lanes = routers.flowguard(2, explore=1.0), [lane(0), lane(1, pace=quick)]
+        for waited_s, propensities in ((0.8, {0: 0.5, 1: 0.5}), (0.87, {1: 1.0}), (0.95, {0: 0.5, 1: 0.5})):
+            routes = [
+                policy.choose(policy.init(), seen(lanes, waited_s=waited_s), _noise(2, seed))[0] for seed in range(30)
+            ]
+            self.assertEqual({route.arm: route.propensity for route in routes}, propensities, waited_s)
+
+    def test_a_lane_is_judged_by_the_way_that_its_prompt_would_take(self):
+        lanes = [lane(0, local_tokens=128, queued_prefill_tokens=300), lane(1, queued_prefill_tokens=120)]
+        policy = routers.flowguard(2, explore=0.0)
+        route, _ = policy.choose(policy.init(), seen(lanes), _noise(2, 0))
+        self.assertEqual((route.arm, route.local), (0, True))
 
     def test_without_outcomes_the_weights_are_those_of_the_config(self):
         policy, by = routers.flowguard(2), FlowGuardConfig()
@@ -366,3 +512,22 @@ class FlowGuardTest(parameterized.TestCase):
         for name in ("a", "a", "b"):
             flowguard.learn(name, GOOD, 1.0)
         self.assertEqual(told, [(0, True)])
+
+    def test_another_policy_learns_nothing_of_the_requests_under_way(self):
+        told = []
+
+        def make(name: str) -> Policy:
+            return Policy(
+                init=lambda: 0,
+                choose=lambda state, context, noise: (Route(0), state),
+                update=lambda state, context, route, outcome: told.append(name) or state,
+            )
+
+        flowguard = FlowGuard(lambda lanes: make("first"), num_lanes=1, seed=0)
+        for name in ("a", "b"):
+            flowguard.route(ask(1, request_id=name), [lane(0)], [True])
+            flowguard.begun(0.0)
+        flowguard.learn("a", GOOD, 1.0)
+        flowguard.use(lambda lanes: make("second"))
+        flowguard.learn("b", GOOD, 1.0)
+        self.assertEqual(told, ["first"])
