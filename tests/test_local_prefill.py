@@ -42,7 +42,7 @@ class LocalPrefillTest(parameterized.TestCase):
             bench.submit(make_request(f"far {index}", FAR, max_tokens=2))
             bench.step()
         (lane,) = bench.scheduler.lanes
-        self.assertEqual(collections.Counter(call.local for call, _, _ in lane._calls), {False: 1, True: 1})
+        self.assertEqual(collections.Counter(call.local for call, _, _ in lane._prompts._calls), {False: 1, True: 1})
 
     def test_tokens_that_are_yet_to_be_computed_are_told_for_each_mesh(self):
         bench = self._bench(polls=_never, prefill_buckets=(2 * PAGE,))

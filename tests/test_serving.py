@@ -342,7 +342,7 @@ class OutcomeTest(parameterized.TestCase):
         bench.until("0", State.DECODE)
         for _ in range(3):
             bench.step()
-        emitted = bench.scheduler._known["0"].num_tokens
+        emitted = bench.scheduler._roster.known["0"].num_tokens
         self.assertGreater(emitted, 0)
         bench.pairs[0].switched_on = False
         bench.drain()
@@ -355,7 +355,7 @@ class OutcomeTest(parameterized.TestCase):
         taken = exhaust(bench.pairs[0].prefill_store)
         bench.submit(make_request("0", tuple(range(9)), max_tokens=2))
         bench.step()
-        self.assertEqual(bench.scheduler._known["0"].lane, 1)
+        self.assertEqual(bench.scheduler._roster.known["0"].lane, 1)
         self.assertEqual([context.eligible_A.tolist() for context in seen], [[True, True], [False, True]])
         self.assertEqual(states, [0, 0])
         restock(bench.pairs[0].prefill_store, taken)
