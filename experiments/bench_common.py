@@ -2,12 +2,14 @@
 
 import pathlib
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import streamserve
@@ -47,10 +49,10 @@ def _engine(
     return streamserve.LLM.from_config(from_mapping(Config, merged), trace=trace)
 
 
-def random_prompts(count: int, length: int, *, seed: int = 0) -> list[list[int]]:
+def random_prompts(count: int, length: int, *, seed: int = 0, vocab: int = VOCAB) -> list[list[int]]:
     """Draw prompts of random tokens."""
     rng = np.random.default_rng(seed)
-    return [[int(token) for token in row] for row in rng.integers(5, VOCAB - 96, (count, length))]
+    return [[int(token) for token in row] for row in rng.integers(5, vocab - 96, (count, length))]
 
 
 def greedy(max_tokens: int) -> streamserve.SamplingParams:
@@ -85,3 +87,35 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
     """Spread of the ratio, turn by turn: what slows a turn down as a whole cancels out."""
     return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+class Yardstick(NamedTuple):
+    """What the device does at its best, measured in this run.
+
+    Attributes:
+      bytes_per_s: read and written by a large copy.
+      flops_per_s: of a large matrix product in bfloat16.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+def seconds_a_call(run: Callable[[], Any], calls: int) -> float:
+    """Time a dispatched program of several calls, in seconds a call."""
+    begun = time.perf_counter()
+    jax.block_until_ready(run())
+    return (time.perf_counter() - begun) / calls
+
+
+def measure_yardstick(repeats: int, *, tiny: bool) -> Yardstick:
+    """Measure copy bandwidth and matrix throughput."""
+    size = 2**22 if tiny else 2**30
+    source = jnp.ones((size // 4,), jnp.float32)
+    copy = jax.jit(lambda x: x + 1.0).lower(source).compile()
+    side = 256 if tiny else 8192
+    square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+    product = jax.jit(lambda x: x @ x).lower(square).compile()
+    copies = [seconds_a_call(lambda: copy(source), 1) for _ in range(repeats + 2)][2:]
+    products = [seconds_a_call(lambda: product(square), 1) for _ in range(repeats + 2)][2:]
+    return Yardstick(2 * size / statistics.median(copies), 2 * side**3 / statistics.median(products))

@@ -206,27 +206,39 @@ def compile_for(mesh: Mesh, chip: Chip, function: Callable[..., Any], *shapes: A
     """
     with tempfile.TemporaryDirectory() as folder, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function, **jit_options).lower(*shapes)
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
-        memory: Any = compiled.memory_analysis()
-        dump = pathlib.Path(folder)
-        sequence = max(dump.glob("*thunk_sequence*.txt"), key=lambda path: len(path.name), default=None)
-        if sequence is None:
-            raise RuntimeError("the compiler left no list of what the program does")
-        thunks = read_thunks(sequence.read_text())
-        shared = {thunk.text.split(" grid:")[0].split()[-1]: thunk for thunk in thunks if " grid:" in thunk.text}
-        uses = {
-            use.name: use
-            for ptx in sorted(dump.glob("*.ptx"))
-            if ptx.stat().st_size
-            for use in assemble(ptx, chip, shared)
-        }
-        return Compiled(
-            text=compiled.as_text() or "",
-            temp_bytes=memory.temp_size_in_bytes,
-            alias_bytes=memory.alias_size_in_bytes,
-            thunks=thunks,
-            uses=uses,
-        )
+        return read(lowered.compile(compiler_options=dump_options(folder)), chip, folder)
+
+
+def dump_options(folder: str) -> dict[str, str]:
+    """Options of XLA by which a compilation leaves in a folder what `read` looks for; one compilation a folder."""
+    return {"xla_dump_to": folder}
+
+
+def read(compiled: Any, chip: Chip, folder: str) -> Compiled:
+    """Read what a compilation with `dump_options` has left behind, and assemble its kernels.
+
+    Args:
+      compiled: what it gave.
+      chip: it was for.
+      folder: of the options.
+
+    Raises:
+      RuntimeError: a part of the compiler is missing.
+    """
+    memory, dump = compiled.memory_analysis(), pathlib.Path(folder)
+    sequence = max(dump.glob("*thunk_sequence*.txt"), key=lambda path: len(path.name), default=None)
+    if sequence is None:
+        raise RuntimeError("the compiler left no list of what the program does")
+    thunks = read_thunks(sequence.read_text())
+    launches = {thunk.text.split(" grid:")[0].split()[-1]: thunk for thunk in thunks if " grid:" in thunk.text}
+    files = [path for path in sorted(dump.glob("*.ptx")) if path.stat().st_size]
+    return Compiled(
+        text=compiled.as_text() or "",
+        temp_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        thunks=thunks,
+        uses={use.name: use for path in files for use in assemble(path, chip, launches)},
+    )
 
 
 def read_thunks(text: str) -> tuple[Thunk, ...]:

@@ -55,7 +55,7 @@ def entry(case: Case, chosen: BlockConfig, microseconds: dict[str, float]) -> di
 
 
 def timed(run: Callable[[], Any], *, repeats: int, flush: Callable[[], Any]) -> list[float]:
-    """Time a compiled call, in seconds, with the caches emptied before each; the wait for an empty call taken off.
+    """Time a compiled call, in seconds, with the caches emptied before each; dispatch counts.
 
     Args:
       run: dispatches the call.
@@ -78,7 +78,7 @@ def tune(spec: Spec, *, repeats: int, limit: int | None, seed: int) -> dict[str,
       ValueError: a candidate is wrong.
     """
     arrays, scale = spec.arrays(seed), spec.head_dim**-0.5
-    want = np.asarray(_specification(spec, arrays, scale), np.float32)
+    want = np.asarray(specification(spec, arrays), np.float32)
     flushed = jnp.zeros((FLUSH_BYTES // 4,), jnp.float32)
     flush = functools.partial(jax.jit(lambda x: x + 1.0).lower(flushed).compile(), flushed)
     runs: dict[BlockConfig, Callable[[], Any]] = {}
@@ -102,11 +102,11 @@ def tune(spec: Spec, *, repeats: int, limit: int | None, seed: int) -> dict[str,
     return entry(spec.case, chosen, {_label(one): round(medians[one], 2) for one in sorted(medians, key=medians.get)})
 
 
-def _specification(spec: Spec, arrays: Sequence[jax.Array], scale: float) -> jax.Array:
-    """Compute what is right; a row at a time, since scores of long prompts fill the memory."""
-    whole = jax.jit(functools.partial(reference.attention, scale=scale))
+def specification(spec: Spec, arrays: Sequence[jax.Array]) -> jax.Array:
+    """Compute what is right; long prompts a row at a time and in blocks, since all scores would fill the memory."""
+    scale = spec.head_dim**-0.5
     if spec.tokens < 1024:
-        return whole(*arrays)
+        return jax.jit(functools.partial(reference.attention, scale=scale))(*arrays)
     xla = jax.jit(functools.partial(attention, scale=scale, implementation="xla"))
     q, k, v, table, start = arrays
     rows = [xla(q[row : row + 1], k, v, table[row : row + 1], start[row : row + 1]) for row in range(spec.batch)]

@@ -4,7 +4,7 @@ A compiled program refuses other shapes and shardings with an error. So nothing 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +33,14 @@ class Compiler:
     """
 
     def __init__(
-        self, meshes: PairMeshes, models: PairModels, config: PipeServeConfig, sizes: LaneSizes, shapes: PairShapes
+        self,
+        meshes: PairMeshes,
+        models: PairModels,
+        config: PipeServeConfig,
+        sizes: LaneSizes,
+        shapes: PairShapes,
+        *,
+        xla_options: Mapping[str, Any] | None = None,
     ):
         """Place the pools and the state on the meshes, as shapes.
 
@@ -43,8 +50,10 @@ class Compiler:
           config: what travels and what a request may ask for.
           sizes: declared shapes.
           shapes: of its arrays, which follow from them.
+          xla_options: of the compiler, by name; None for its own.
         """
         self._meshes, self._models, self._config, self._sizes, self._shapes = meshes, models, config, sizes, shapes
+        self._xla_options = None if xla_options is None else dict(xla_options)
         self._home_pools = on_mesh(jax.eval_shape(shapes.prefill_pools), meshes.prefill)
         self._pools = on_mesh(jax.eval_shape(shapes.decode_pools), meshes.decode)
         self._state = on_mesh(jax.eval_shape(shapes.empty_state()), meshes.decode)
@@ -75,7 +84,7 @@ class Compiler:
         output = jax.eval_shape(step, *models.decode_params, pools, narrow, table, plan)[2]
         where = (shardings(pools, mesh), shardings(state, mesh), replicated(mesh), replicated(mesh))
         jitted = jax.jit(tick, donate_argnums=(2, 3), out_shardings=where)
-        return _compile(mesh, jitted, *models.decode_params, pools, state, table, plan), output
+        return self._compile(mesh, jitted, *models.decode_params, pools, state, table, plan), output
 
     def prefill(self, tiles: int, *, local: bool = False) -> Callable[..., tuple[Pools, PrefillOutput]]:
         """Compile a prefill call of `tiles` tiles; `local` on the decode mesh."""
@@ -87,14 +96,14 @@ class Compiler:
         prefill = make_prefill(models.target, drafter, largest=largest, max_logprobs=self._config.max_logprobs)
         jitted = jax.jit(prefill, donate_argnums=2, out_shardings=(shardings(pools, mesh), replicated(mesh)))
         batch = on_mesh(self._shapes.batch(tiles), mesh)
-        return _compile(mesh, jitted, *params, pools, batch)
+        return self._compile(mesh, jitted, *params, pools, batch)
 
     def draft_prefill(self, tiles: int) -> Callable[..., Pools]:
         """Compile a call by which the draft reads prompts on the decode mesh."""
         mesh, prefill = self._meshes.decode, make_draft_prefill(self._models.drafter)
         jitted = jax.jit(prefill, donate_argnums=1, out_shardings=shardings(self._pools, mesh))
         batch = on_mesh(self._shapes.batch(tiles), mesh)
-        return _compile(mesh, jitted, self._models.decode_params[1], self._pools, batch)
+        return self._compile(mesh, jitted, self._models.decode_params[1], self._pools, batch)
 
     def first(self, *, local: bool = False) -> Callable[..., Packed]:
         """Compile the sampling of the first token; `local` on the decode mesh."""
@@ -108,7 +117,7 @@ class Compiler:
 
         arguments = on_mesh((hidden, jax.eval_shape(pack, inputs)), mesh)
         jitted = jax.jit(first, out_shardings=replicated(mesh))
-        return _compile(mesh, jitted, params[0], *arguments)
+        return self._compile(mesh, jitted, params[0], *arguments)
 
     def move(self, count: int) -> tuple[Callable[..., Any], Callable[..., Pools]]:
         """Compile both ends of a hand-off of `count` pages: they leave the prefill mesh, and enter the decode mesh."""
@@ -122,7 +131,7 @@ class Compiler:
             )
             where = replicated(prefill)
         jitted = jax.jit(take, out_shardings=where)
-        return _compile(prefill, jitted, self._home_pools, on_mesh(page_n, prefill)), self._put(pages, page_n)
+        return self._compile(prefill, jitted, self._home_pools, on_mesh(page_n, prefill)), self._put(pages, page_n)
 
     def rescue(self, count: int) -> tuple[Callable[..., Any], Callable[..., Pools]]:
         """Compile both ends of a rescue of `count` pages: they leave the decode mesh, and come back."""
@@ -130,7 +139,7 @@ class Compiler:
         page_n = jax.ShapeDtypeStruct((count,), jnp.int32)
         pages = jax.eval_shape(cache.take_pages, self._pools, page_n)
         jitted = jax.jit(cache.take_pages, out_shardings=shardings(pages, mesh))
-        return _compile(mesh, jitted, self._pools, on_mesh(page_n, mesh)), self._put(pages, page_n)
+        return self._compile(mesh, jitted, self._pools, on_mesh(page_n, mesh)), self._put(pages, page_n)
 
     def _put(self, pages: Any, page_n: Any) -> Callable[..., Pools]:
         mesh, recomputes = self._meshes.decode, self._shapes.recomputes_draft
@@ -141,7 +150,7 @@ class Compiler:
             return cache.put_pages(pools, pages, page_n)
 
         jitted = jax.jit(put, donate_argnums=0, out_shardings=shardings(self._pools, mesh))
-        return _compile(mesh, jitted, self._pools, on_mesh(pages, mesh), on_mesh(page_n, mesh))
+        return self._compile(mesh, jitted, self._pools, on_mesh(pages, mesh), on_mesh(page_n, mesh))
 
     def slots(self) -> tuple[Callable[..., DecodeState], Callable[..., DecodeState]]:
         """Compile insertion and release."""
@@ -154,15 +163,14 @@ class Compiler:
             return decode.insert(state, unpack(packed, shapes), slot)
 
         jitted = jax.jit(insert, donate_argnums=0, out_shardings=where)
-        inserts = _compile(mesh, jitted, state, on_mesh(jax.eval_shape(pack, shapes), mesh), slot)
+        inserts = self._compile(mesh, jitted, state, on_mesh(jax.eval_shape(pack, shapes), mesh), slot)
         release = jax.jit(decode.release, donate_argnums=0, out_shardings=where)
-        return inserts, _compile(mesh, release, state, slot)
+        return inserts, self._compile(mesh, release, state, slot)
 
-
-def _compile(mesh: Mesh, jitted: Any, *arguments: Any) -> Any:
-    """Compile for a mesh. What is traced is told of it: kernels depend on the device and on how heads are divided."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jitted.lower(*arguments).compile()
+    def _compile(self, mesh: Mesh, jitted: Any, *arguments: Any) -> Any:
+        """Compile for a mesh, of which what is traced is told: kernels depend on devices and how they divide heads."""
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jitted.lower(*arguments).compile(compiler_options=self._xla_options)
 
 
 def on_mesh(shapes: Any, mesh: Mesh) -> Any:
