@@ -32,7 +32,7 @@ from streamserve.specustream import (
     whole,
 )
 from streamserve.tokenizer import TextStream
-from streamserve.types import ForwardFns, KVCache, KVPool, KVShape, Request
+from streamserve.types import ForwardFns, KVCache, KVPool, KVShape, LayerKV, Request
 
 VOCAB = 13
 MAX_MODEL_LEN = 96
