@@ -14,7 +14,6 @@ script runs, and nothing else.
 Exit codes: 0 done; 1 an implementation is wrong; 2 arguments are unusable.
 """
 
-import functools
 import pathlib
 import statistics
 import sys
@@ -27,38 +26,30 @@ from absl import app, flags
 
 from experiments import bench_attention_peers, common
 from experiments.bench_attention_peers import Contender
-from experiments.bench_common import Yardstick, measure_yardstick, seconds_a_call, spread
-from pallas_kernels import backend, tune
+from experiments.bench_common import Yardstick, measure_yardstick, spread
+from pallas_kernels import backend, measure, tune
 from pallas_kernels.arg_specs import SPECS, Spec
 
-ROTATED_BYTES = 256 * 2**20  # of caches that are taken in turn: several times the 50 MB of L2
-CALLS = 16  # in one measurement
 TINY = Spec("tiny_b2_128", batch=2, tokens=1, context=127, heads=4, kv_heads=2, head_dim=64, dtype="float32")
 TINY_VERIFY = TINY._replace(name="tiny_b2_128_t4", tokens=4, context=124)
 TINY_PREFILL = TINY._replace(name="tiny_prefill_128", tokens=128, context=0)
 
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file.", required=True)
-_SPECS = flags.DEFINE_list("specs", list(SPECS), "Shapes, of pallas_kernels/arg_specs.py.")
-_REPEATS = flags.DEFINE_integer("repeats", 20, "Measurements of each figure.", lower_bound=1)
-_TINY = flags.DEFINE_bool("tiny", False, "Three tiny shapes instead: does it run?")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the inputs.", lower_bound=0)
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags; on call and not on import, since other scripts have flags of the same names."""
+    flags.DEFINE_string("output", None, "JSON file.", required=True, flag_values=values)
+    flags.DEFINE_list("specs", list(SPECS), "Shapes, of pallas_kernels/arg_specs.py.", flag_values=values)
+    flags.DEFINE_integer("repeats", 20, "Measurements of each figure.", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("tiny", False, "Three tiny shapes instead: does it run?", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the inputs.", lower_bound=0, flag_values=values)
 
 
 def loop(contender: Contender, spec: Spec, seed: int) -> Callable[[], Any]:
-    """Compile `CALLS` calls in a row, each on the next of several caches; gives what dispatches them."""
+    """Compile calls in a row, each on the next of several caches; gives what dispatches them."""
     queries, _, _, table, start = spec.arrays(seed)
-    count = max(1, min(CALLS, -(-ROTATED_BYTES // max(1, spec.kv_bytes))))
+    count = measure.num_caches(spec.kv_bytes)
     caches = [contender.prepare(*spec.arrays(seed + index)[1:3], table) for index in range(count)]
-
-    def calls(queries: jax.Array, caches: Any, table: jax.Array, start: jax.Array) -> jax.Array:
-        for index in range(CALLS):
-            # Each call waits for the one before: its queries are made of that one's output, times nearly nothing.
-            out = contender.call(queries, caches[index % len(caches)], table, start)
-            queries = queries + (out * 1e-3).astype(queries.dtype)
-        return queries
-
-    program = jax.jit(calls).lower(queries, caches, table, start).compile()
-    return functools.partial(program, queries, caches, table, start)
+    return measure.chain(contender.call, queries, caches, table, start)
 
 
 def contenders(spec: Spec) -> Mapping[str, Contender]:
@@ -84,8 +75,8 @@ def compare(spec: Spec, yardstick: Yardstick, *, repeats: int, seed: int) -> dic
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            seconds[name].append(seconds_a_call(run, CALLS))
-    torch = bench_attention_peers.torch_sdpa(spec, arrays, repeats=repeats, calls=CALLS)
+            seconds[name].append(measure.seconds(run))
+    torch = bench_attention_peers.torch_sdpa(spec, arrays, repeats=repeats, calls=measure.CALLS)
     if torch is not None:
         seconds["torch_sdpa"], errors["torch_sdpa"] = torch[0], float(np.abs(torch[1] - want).max())
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -100,7 +91,7 @@ def compare(spec: Spec, yardstick: Yardstick, *, repeats: int, seed: int) -> dic
         "of_matrix_product": {name: spec.flops / value / yardstick.flops_per_s for name, value in medians.items()},
         "pallas_over": {name: value / medians["pallas"] for name, value in medians.items() if "pallas" in medians},
         "largest_error": errors,
-        "wrong": sorted(name for name, error in errors.items() if not error <= tune.TOLERANCE[spec.dtype]),
+        "wrong": sorted(name for name, error in errors.items() if not error <= measure.TOLERANCE[spec.dtype]),
         "refused": refused,
     }
 
@@ -117,26 +108,27 @@ def summary(row: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str]) -> None:
     """Measure and write after each shape."""
     del argv
-    unknown = sorted(set(_SPECS.value) - set(SPECS))
+    values = flags.FLAGS
+    unknown = sorted(set(values.specs) - set(SPECS))
     if unknown:
         common.stop(f"unknown shape {unknown[0]!r}; known: {', '.join(SPECS)}")
-    path = pathlib.Path(_OUTPUT.value)
+    path = pathlib.Path(values.output)
     if not path.parent.is_dir():
         common.stop(f"cannot write {str(path)!r}: there is no such folder")
-    specs = (TINY, TINY_VERIFY, TINY_PREFILL) if _TINY.value else tuple(map(SPECS.__getitem__, _SPECS.value))
-    yardstick = measure_yardstick(_REPEATS.value, tiny=_TINY.value)
+    specs = (TINY, TINY_VERIFY, TINY_PREFILL) if values.tiny else tuple(map(SPECS.__getitem__, values.specs))
+    yardstick = measure_yardstick(values.repeats, tiny=values.tiny)
     command = ("python", "-m", "experiments.bench_attention", *sys.argv[1:])
     record = {
         "environment": common.environment(share_devices=False, command=command),
         "interpreted": backend.gpu() is None,
-        "seed": _SEED.value,
-        "repeats": _REPEATS.value,
+        "seed": values.seed,
+        "repeats": values.repeats,
         "yardstick": yardstick._asdict(),
         "rows": [],
     }
     print(f"copy {yardstick.bytes_per_s / 1e12:.3f} TB/s, product {yardstick.flops_per_s / 1e12:.1f} TFLOP/s")
     for spec in specs:
-        row = compare(spec, yardstick, repeats=_REPEATS.value, seed=_SEED.value)
+        row = compare(spec, yardstick, repeats=values.repeats, seed=values.seed)
         record["rows"].append(row)
         common.write_json(path, record)
         print(summary(row), flush=True)
@@ -149,4 +141,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     app.run(main)

@@ -5,6 +5,7 @@ before pages, cuDNN and torch a piece a row.
 """
 
 import functools
+import importlib
 import importlib.util
 import time
 import warnings
@@ -93,7 +94,7 @@ def torch_sdpa(spec: Spec, arrays: Any, *, repeats: int, calls: int) -> tuple[li
     """
     if not importlib.util.find_spec("torch") or not is_plain(spec):
         return None
-    import torch  # noqa: PLC0415  # only where it is installed
+    torch = importlib.import_module("torch")  # a peer, where it is installed; nothing of ours needs it
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (device == "cuda") != (backend.gpu() is not None):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import streamserve
+from pallas_kernels import measure
 from streamserve.config import BUNDLED_DRAFT, Config, from_mapping
 
 ASSETS = pathlib.Path(streamserve.__file__).parent / "assets"
@@ -101,21 +102,13 @@ class Yardstick(NamedTuple):
     flops_per_s: float
 
 
-def seconds_a_call(run: Callable[[], Any], calls: int) -> float:
-    """Time a dispatched program of several calls, in seconds a call."""
-    begun = time.perf_counter()
-    jax.block_until_ready(run())
-    return (time.perf_counter() - begun) / calls
-
-
 def measure_yardstick(repeats: int, *, tiny: bool) -> Yardstick:
-    """Measure copy bandwidth and matrix throughput."""
-    size = 2**22 if tiny else 2**30
+    """Measure copy bandwidth and matrix throughput, several in a row inside one program."""
+    size, side, calls = (2**22, 256, 4) if tiny else (2**30, 8192, 16)
     source = jnp.ones((size // 4,), jnp.float32)
-    copy = jax.jit(lambda x: x + 1.0).lower(source).compile()
-    side = 256 if tiny else 8192
+    copy = jax.jit(lambda x: jax.lax.fori_loop(0, calls, lambda _, x: x + 1.0, x)).lower(source).compile()
     square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    product = jax.jit(lambda x: x @ x).lower(square).compile()
-    copies = [seconds_a_call(lambda: copy(source), 1) for _ in range(repeats + 2)][2:]
-    products = [seconds_a_call(lambda: product(square), 1) for _ in range(repeats + 2)][2:]
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, calls, lambda _, y: x @ y, x)).lower(square).compile()
+    copies = [measure.seconds(lambda: copy(source), calls) for _ in range(repeats + 2)][2:]
+    products = [measure.seconds(lambda: product(square), calls) for _ in range(repeats + 2)][2:]
     return Yardstick(2 * size / statistics.median(copies), 2 * side**3 / statistics.median(products))

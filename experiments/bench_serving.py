@@ -27,7 +27,7 @@ def host_gap(repeats: int) -> dict[str, Any]:
     clock alone.
     """
     engine = bundled_engine(pipeserve={"max_num_seqs": 16, "decode_batches": (1,), "max_prefills": 16})
-    watch = TickWatch(engine.pairs[0])
+    watch = _TickWatch(engine.pairs[0])
     cells = []
     for count in (1, 16):
         shares, rates = [], []
@@ -42,17 +42,13 @@ def host_gap(repeats: int) -> dict[str, Any]:
     return {"cells": cells, "summary": f"host gap, at most, {told}"}
 
 
-class TickWatch:
+class _TickWatch:
     """Listens to a pair's dispatches and reads."""
 
     def __init__(self, pair: Any):
         self._pair, self._step, self._read = pair, pair.step, pair.read
         pair.step, pair.read = self.step, self.read
         self.clear()
-
-    def stop(self) -> None:
-        """Listen no longer."""
-        self._pair.step, self._pair.read = self._step, self._read
 
     def clear(self) -> None:
         """Forget what was seen."""

@@ -9,7 +9,8 @@ EXPECTED  exit code 0, and for each program: that attention is our kernels, kern
 Needs the CUDA plug-in and the compiler's wheels (`pip install -e '.[gpu-aot]'`), and no GPU. Kernels a layer are the
 difference between programs of one layer more and less, so that what is there once a token does not count.
 
-Exit codes: 0 done; 2 arguments are unusable or the compiler is missing.
+Exit codes: 0 done; 1 attention is not our kernels, or pages are not changed in place; 2 arguments are unusable or the
+compiler is missing.
 """
 
 import collections
@@ -185,10 +186,14 @@ def main(argv: Sequence[str]) -> None:
         print(f"{row['program']}: {row['kernels_a_layer']} kernels a layer, by {', '.join(row['attention_kernels'])}")
         print(f"  largest copy {row['largest_copy_bytes']:,} bytes, beside arguments {row['temp_bytes']:,} bytes")
         print(f"  changed in place {row['alias_bytes']:,} bytes, of them pages {row['pool_bytes']:,}")
+    for row in (bad := [row for row in rows if not row["attention_kernels"] or row["alias_bytes"] < row["pool_bytes"]]):
+        print(f"{row['program']}: attention is not by our kernels, or pages are copied", file=sys.stderr)
     if _OUTPUT.value is not None:
         command = ("python", "-m", "experiments.compile_for_gpu", *sys.argv[1:])
         record = common.environment(share_devices=False, command=command)
         common.write_json(pathlib.Path(_OUTPUT.value), {"environment": record, "chip": chip.name, "programs": rows})
+    if bad:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

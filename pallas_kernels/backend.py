@@ -1,4 +1,4 @@
-"""The one file that names Triton, Mosaic or a device: what differs between JAX's versions and between chips.
+"""The one file of the kernels that names Triton, Mosaic or a device: what differs between JAX's versions and chips.
 
 Kernels are written in the style that Pallas lowers through Triton. That way is deprecated since JAX 0.11 and alive in
 0.12; the default of `pl.pallas_call` has changed between versions, so its compiler parameters are always given here. A
@@ -28,6 +28,8 @@ MIN_DOT = 16
 CUSTOM_CALL = "__gpu$xla.gpu.triton"  # what a kernel is in the lowered program
 INTERPRETED_CORES = 4  # of the GPU that an interpreted kernel pretends to run on: few, so that small cases are split
 _DEFAULT_CORES = 108  # where a device does not say: an A100
+_CAPABILITIES = {"NVIDIA H200": 9.0, "NVIDIA H100 80GB HBM3": 9.0, "NVIDIA A100-SXM4-40GB": 8.0}  # of abstract devices
+FLOAT8_CAPABILITY = 8.9  # from here on
 
 
 class Gpu(NamedTuple):
@@ -36,31 +38,35 @@ class Gpu(NamedTuple):
     Attributes:
       kind: as JAX names it; "" where it is described by its numbers alone.
       num_cores: streaming multiprocessors.
+      capability: compute capability, 9.0 for Hopper; None where nobody says.
     """
 
     kind: str
     num_cores: int
+    capability: float | None = None
 
 
 def platform() -> str:
     """Say where a program that is traced now will run: "gpu" or "cpu".
 
-    That of the mesh it is traced for, if one is set and says so (a GPU that is not there), else JAX's default.
+    That of the mesh it is traced for, if one is set, else JAX's default: who places a computation on another device
+    than the default one sets its mesh, or names an implementation.
     """
     device = _abstract_device()
-    name = jax.default_backend() if device is None else getattr(device, "platform", "gpu")
+    name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("gpu", "cuda") else name
 
 
 def gpu() -> Gpu | None:
     """Describe the GPU that a program which is traced now will run on; None where it is none."""
-    device = _abstract_device()
-    if device is not None:
-        return Gpu(kind=device.device_kind, num_cores=device.num_cores or _DEFAULT_CORES)
     if platform() != "gpu":
         return None
-    here = jax.devices()[0]
-    return Gpu(kind=here.device_kind, num_cores=getattr(here, "core_count", None) or _DEFAULT_CORES)
+    device = _abstract_device()
+    if device is not None:
+        kind = device.device_kind
+        return Gpu(kind, device.num_cores or _DEFAULT_CORES, _CAPABILITIES.get(kind))
+    here: Any = jax.devices()[0]
+    return Gpu(here.device_kind, getattr(here, "core_count", _DEFAULT_CORES), float(here.compute_capability))
 
 
 def _abstract_device() -> Any:

@@ -3,10 +3,11 @@
   python -m pallas_kernels.tune --output=pallas_kernels/tuned        # on a GPU: nvidia_h200.json, or what it is
   python -m pallas_kernels.tune --output=DIR --specs=bundled_b8_512 --quick
 
-For every shape of `arg_specs.py`, candidates around the rule's choice are compiled, checked against the specification,
-and timed in turns; the fastest is kept, with all times beside it. A candidate that is wrong is an error, one that does
-not compile is left out and named. Without a GPU the kernels are interpreted: that shows that the script runs, and its
-table is for nobody.
+Shapes of `arg_specs.py` that share their block sizes (all but batch and context) are measured together: candidates
+around the rule's choice are compiled, checked against the specification, and timed in turns; kept is the one that is
+fastest on the geometric mean over the shapes, with all times beside it. A candidate that is wrong is an error; one that
+does not run for all shapes is left out and named. Without a GPU the kernels are interpreted: that shows that the script
+runs, and its table is for nobody.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import json
 import pathlib
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,13 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import backend
+from pallas_kernels import backend, measure
 from pallas_kernels.arg_specs import SPECS, Spec
 from pallas_kernels.attention import BlockConfig, attention, config, reference
-from pallas_kernels.attention.config import Case
-
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
-FLUSH_BYTES = 256 * 2**20  # written between two runs: more than any cache holds
+from pallas_kernels.attention.config import Case, Group, group_of
 
 
 def candidates(case: Case) -> tuple[BlockConfig, ...]:
@@ -49,57 +46,58 @@ def candidates(case: Case) -> tuple[BlockConfig, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def entry(case: Case, chosen: BlockConfig, microseconds: dict[str, float]) -> dict[str, Any]:
+def entry(group: Group, chosen: BlockConfig, microseconds: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Lay out a row of the table."""
-    return {"case": case._asdict(), "config": dataclasses.asdict(chosen), "microseconds": microseconds}
+    return {"group": group._asdict(), "config": dataclasses.asdict(chosen), "microseconds": microseconds}
 
 
-def timed(run: Callable[[], Any], *, repeats: int, flush: Callable[[], Any]) -> list[float]:
-    """Time a compiled call, in seconds, with the caches emptied before each; dispatch counts.
-
-    Args:
-      run: dispatches the call.
-      repeats: calls.
-      flush: overwrites the caches.
-    """
-    seconds = []
-    for _ in range(repeats):
-        jax.block_until_ready(flush())
-        begun = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - begun)
-    return seconds
-
-
-def tune(spec: Spec, *, repeats: int, limit: int | None, seed: int) -> dict[str, Any]:
-    """Measure the candidates of a shape; gives its row of the table.
+def tune(specs: Sequence[Spec], *, repeats: int, limit: int | None, seed: int) -> dict[str, Any]:
+    """Measure the candidates of shapes that share their block sizes; gives their row of the table.
 
     Raises:
-      ValueError: a candidate is wrong.
+      ValueError: a candidate is wrong, or none runs.
     """
-    arrays, scale = spec.arrays(seed), spec.head_dim**-0.5
+    found = candidates(specs[0].case)[:limit]
+    times: dict[BlockConfig, dict[str, float]] = {one: {} for one in found}
+    for spec in specs:
+        for one, value in _times(spec, found, repeats=repeats, seed=seed).items():
+            times[one][spec.name] = value
+    whole = {one: by_spec for one, by_spec in times.items() if len(by_spec) == len(specs)}
+    if not whole:
+        raise ValueError(f"no candidate runs for {', '.join(spec.name for spec in specs)}")
+    ranked = sorted(whole, key=lambda one: statistics.geometric_mean(whole[one].values()))
+    told = {_label(one): {name: round(1e6 * value, 2) for name, value in whole[one].items()} for one in ranked}
+    return entry(group_of(specs[0].case), ranked[0], told)
+
+
+def _times(spec: Spec, found: Sequence[BlockConfig], *, repeats: int, seed: int) -> dict[BlockConfig, float]:
+    """Median seconds of a call by candidate, for one shape."""
+    queries, keys, values, table, start = arrays = spec.arrays(seed)
     want = np.asarray(specification(spec, arrays), np.float32)
-    flushed = jnp.zeros((FLUSH_BYTES // 4,), jnp.float32)
-    flush = functools.partial(jax.jit(lambda x: x + 1.0).lower(flushed).compile(), flushed)
+    others = [spec.arrays(seed + index)[1:3] for index in range(1, measure.num_caches(spec.kv_bytes))]
     runs: dict[BlockConfig, Callable[[], Any]] = {}
-    for one in candidates(spec.case)[:limit]:
-        call = functools.partial(attention, scale=scale, implementation="pallas", config=one)
+    for one in found:
+
+        def call(queries: Any, cache: Any, table: Any, start: Any, one: BlockConfig = one) -> jax.Array:
+            scale = spec.head_dim**-0.5
+            return attention(queries, *cache, table, start, scale=scale, implementation="pallas", config=one)
+
         try:
-            runs[one] = functools.partial(jax.jit(call).lower(*arrays).compile(), *arrays)
-            got = np.asarray(runs[one](), np.float32)
+            got = np.asarray(jax.jit(call)(queries, (keys, values), table, start), np.float32)
+            runs[one] = measure.chain(call, queries, [(keys, values), *others], table, start)
         except Exception as error:  # what a compiler says has no common type
-            runs.pop(one, None)
             print(f"{spec.name}: {one} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
-        if not np.abs(got - want).max() <= TOLERANCE[spec.dtype]:
+        if not np.abs(got - want).max() <= measure.TOLERANCE[spec.dtype]:
             raise ValueError(f"{spec.name}: {one} is wrong by {np.abs(got - want).max()}")
     seconds: dict[BlockConfig, list[float]] = {one: [] for one in runs}
-    for _ in range(repeats):  # in turns, so that what changes on the machine strikes all
+    for turn in range(
+        repeats + 1
+    ):  # in turns, so that what changes on the machine strikes all; the first does not count
         for one, run in runs.items():
-            seconds[one] += timed(run, repeats=1, flush=flush)
-    medians = {one: 1e6 * statistics.median(times) for one, times in seconds.items()}
-    chosen = min(medians, key=lambda one: medians[one])
-    return entry(spec.case, chosen, {_label(one): round(medians[one], 2) for one in sorted(medians, key=medians.get)})
+            value = measure.seconds(run)
+            seconds[one] += [value] if turn else []
+    return {one: statistics.median(values) for one, values in seconds.items()}
 
 
 def specification(spec: Spec, arrays: Sequence[jax.Array]) -> jax.Array:
@@ -129,11 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = jax.devices()[0]
     gpu = backend.gpu()
     repeats, limit = (2, 2) if options.quick else (options.repeats, None)
-    rows = []
+    groups: dict[Group, list[Spec]] = {}
     for name in options.specs:
-        rows.append(tune(SPECS[name], repeats=repeats, limit=limit, seed=options.seed))
-        best = next(iter(rows[-1]["microseconds"].items()))
-        print(f"{name}: {best[1]} us with {best[0]}", file=sys.stderr)
+        groups.setdefault(group_of(SPECS[name].case), []).append(SPECS[name])
+    rows = []
+    for specs in groups.values():
+        rows.append(tune(specs, repeats=repeats, limit=limit, seed=options.seed))
+        label, microseconds = next(iter(rows[-1]["microseconds"].items()))
+        print(f"{label}: {microseconds} us", file=sys.stderr)
     record = {
         "device": {"kind": device.device_kind, "num_cores": 0 if gpu is None else gpu.num_cores},
         "interpreted": gpu is None,

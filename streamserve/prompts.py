@@ -199,9 +199,15 @@ class OpenPrompts:
             yield from requests
 
     def outputs(self, ends: Iterable[Finished]) -> Iterator[RequestOutput]:
-        """Gather the completions of each prompt; those of an earlier stream are forgotten."""
-        self._opened = {}
+        """Gather the completions of each prompt; those of an earlier stream that was given up are forgotten.
+
+        They are when the first end comes, not before: a stream that is refused, since another runs, must not take it.
+        """
+        first, is_first = self._num_prompts, True
         for finished in ends:
+            if is_first:
+                self._opened = {order: entry for order, entry in self._opened.items() if int(order) >= first}
+                is_first = False
             order = finished.request_id.partition(".")[0]
             output = self._opened[order].take(finished)
             if output is not None:

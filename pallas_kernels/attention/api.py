@@ -113,7 +113,7 @@ def rotate_and_write(
       table_BM: int32, the rows' pages.
       start_B: int32, position of each row's first token.
       heads_axis: axis of the current mesh by which heads may be divided.
-      implementation: as in `attention`; one that cannot write leaves that to "xla".
+      implementation: as in `attention`; "reference" writes as "xla" does.
       interpret: run a kernel in plain JAX; None does so where there is no GPU.
 
     Returns:
@@ -128,8 +128,7 @@ def rotate_and_write(
             call = _divided(functools.partial(call, interpret=interpret), specs, (groups, pages, pages), heads_axis)
         return call(qkv_BTGXD, cos_BTd, sin_BTd, k_NGPD, v_NGPD, table_BM, start_B)
 
-    named = implementation if implementation in WRITERS else ("xla" if implementation else None)
-    return _first_able(named, WRITERS, run)
+    return _first_able("xla" if implementation == "reference" else implementation, WRITERS, run)
 
 
 def _first_able(named: str | None, known: Mapping[str, Any], run: Callable[[str], Any]) -> Any:

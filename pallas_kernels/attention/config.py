@@ -98,8 +98,8 @@ class Case(NamedTuple):
         return "decode" if self.decodes else "prefill"
 
 
-def check(case: Case) -> None:
-    """Refuse what the kernels do not do.
+def check(case: Case, gpu: backend.Gpu | None) -> None:
+    """Refuse what the kernels do not do, or not on this GPU.
 
     Raises:
       NotImplementedError: another implementation has to; the message says why.
@@ -108,6 +108,9 @@ def check(case: Case) -> None:
         raise NotImplementedError(f"head size {case.head_dim} is none of {_HEAD_DIMS}")
     if case.dtype not in ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"):
         raise NotImplementedError(f"pages of {case.dtype}")
+    capability = None if gpu is None else gpu.capability
+    if case.dtype == "float8_e4m3fn" and capability is not None and capability < backend.FLOAT8_CAPABILITY:
+        raise NotImplementedError(f"pages of {case.dtype} on a GPU of compute capability {capability}")
 
 
 def choose(case: Case, explicit: BlockConfig | None, gpu: backend.Gpu | None) -> BlockConfig:
@@ -116,7 +119,7 @@ def choose(case: Case, explicit: BlockConfig | None, gpu: backend.Gpu | None) ->
     Raises:
       NotImplementedError: the kernels do not do this.
     """
-    check(case)
+    check(case, gpu)
     if explicit is not None:
         return explicit
     tuned = None if gpu is None else tuned_config(case, gpu.kind)
@@ -144,7 +147,7 @@ def heuristic(case: Case) -> BlockConfig:
     if case.decodes:
         return BlockConfig(
             block_rows=case.rows,
-            block_keys=min(keys, 64) if case.rows > 16 else keys,
+            block_keys=min(keys, 64),  # for any number of rows: sums are made in the same order
             num_warps=8 if case.rows > 32 else 4,
             num_stages=3,
         )
@@ -158,29 +161,37 @@ def heuristic(case: Case) -> BlockConfig:
 
 
 def tuned_config(case: Case, kind: str) -> BlockConfig | None:
-    """Look up what was measured on this kind of device for such heads, pages and sizes; None for nothing."""
-    entries = [
-        (measured, config)
-        for measured, config in _tuned(kind)
-        if measured.kernel == case.kernel
-        and (measured.heads, measured.kv_heads, measured.head_dim, measured.dtype)
-        == (case.heads, case.kv_heads, case.head_dim, case.dtype)
-        and backend.power_of_two(measured.tokens) == backend.power_of_two(case.tokens)
-    ]
-    if not entries:
-        return None
+    """Look up what was measured on this kind of device for such heads, pages and query tokens; None for nothing.
 
-    def distance(entry: tuple[Case, BlockConfig]) -> int:
-        one, bits = entry[0], int.bit_length
-        return abs(bits(one.batch) - bits(case.batch)) + abs(bits(one.capacity) - bits(case.capacity))
+    Batch and context do not count: what a row gets must not depend on who else is there.
+    """
+    for measured, config in _tuned(kind):
+        if measured == group_of(case):
+            return config
+    return None
 
-    return min(entries, key=distance)[1]
+
+class Group(NamedTuple):
+    """Cases that share block sizes; fields as those of `Case`, tokens rounded up to a power of two."""
+
+    kernel: str
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+
+def group_of(case: Case) -> Group:
+    """Say with which others a case shares its block sizes; prompts of any length do."""
+    tokens = backend.power_of_two(case.tokens) if case.decodes else 0
+    return Group(case.kernel, tokens, case.heads, case.kv_heads, case.head_dim, case.dtype)
 
 
 @functools.cache
-def _tuned(kind: str) -> tuple[tuple[Case, BlockConfig], ...]:
+def _tuned(kind: str) -> tuple[tuple[Group, BlockConfig], ...]:
     path = TUNED / backend.file_name(kind)
     if not kind or not path.is_file():
         return ()
     entries = json.loads(path.read_text())["entries"]
-    return tuple((Case(**entry["case"]), BlockConfig(**entry["config"])) for entry in entries)
+    return tuple((Group(**entry["group"]), BlockConfig(**entry["config"])) for entry in entries)

@@ -1,10 +1,11 @@
 """Attention of a few query tokens a row (decoding, and verifying drafts), bound by the bytes of keys and values.
 
 All query heads of a key/value head, times the query tokens, share a tile, so every key is read once. The keys of a
-row are divided into parts by its own length alone, as finely as keeps the device busy if the row is alone: what a row
-gets does not depend, to the last bit, on who else is in the batch. A fixed number of programs works off the parts of
-all rows, so that one long row among short ones is shared by all. Each part is a piece of a softmax in float32; a second
-kernel merges the pieces of each row.
+row are divided into parts of one size, which follows from the room of the page table and from the device, not from the
+row or the batch: what a row gets does not depend, to the last bit, on who else is there, and its parts do not move when
+it grows. A fixed number of programs works off the parts of all rows, so that one long row among short ones is shared by
+all. Each part is a piece of a softmax in float32; a second kernel merges the pieces of each row. The pieces take
+`parts * T * H * D * 4` bytes beside the arguments: 34 MB for 64 rows of 8,192 tokens with one query of Llama-3-8B each.
 """
 
 import functools
@@ -23,26 +24,27 @@ from pallas_kernels.attention.tile import Cut, KVRefs, Place, Rule
 
 MIN_PART_BLOCKS = 4  # loop steps of a part, at least: each costs a merge
 MERGED_AT_ONCE = 4096  # numbers of a query's parts that the merging kernel reads in one step: 32 a thread
+PARTS_A_PROGRAM = 2  # of a row that fills the page table and is alone, at most
 
 
 class Parts(NamedTuple):
     """The division of all rows' keys, made anew on the device in every step.
 
     Attributes:
-      plan: int32 [4, B]: number of parts of this row and those before it; the row's first key; its end; keys a part.
+      plan: int32 [3, B]: number of parts of this row and those before it; the row's first key; its end.
+      size: keys a part.
       count: parts that there may be, at most.
-      programs: that work them off, for each key/value head and tile of heads.
     """
 
     plan: jax.Array
+    size: int
     count: int
-    programs: int
 
 
 def divide_keys(
     table_BM: jax.Array, start_B: jax.Array, *, length: int, page_size: int, window: int | None, block: int, most: int
 ) -> Parts:
-    """Divide the keys of each row into at most `most` parts.
+    """Divide the keys of each row into parts of one size: as small as gives a whole row at most `most` of them.
 
     Args:
       table_BM: int32, pages of the rows.
@@ -51,19 +53,18 @@ def divide_keys(
       page_size: P.
       window: sliding window; keys before it are left out.
       block: keys of a loop step; parts begin at multiples of it.
-      most: parts of a row.
+      most: parts of a row that fills the table.
     """
+    capacity = table_BM.shape[1] * page_size
+    size = max(pl.cdiv(pl.cdiv(capacity, most), block), MIN_PART_BLOCKS) * block
     end_B = tile.count_keys(table_BM, start_B, length, page_size)
     first_B = jnp.zeros_like(end_B) if window is None else jnp.maximum(start_B - window + 1, 0) // block * block
-    keys_B = jnp.maximum(end_B - first_B, 0)
-    part_B = jnp.maximum(pl.cdiv(pl.cdiv(keys_B, most), block), MIN_PART_BLOCKS) * block
-    parts_B = pl.cdiv(keys_B, part_B)
+    parts_B = pl.cdiv(jnp.maximum(end_B - first_B, 0), size)
     batch = parts_B.shape[0]
     upto_BB = jnp.arange(batch)[None] <= jnp.arange(batch)[:, None]
     through_B = jnp.sum(jnp.where(upto_BB, parts_B[None], 0), axis=1)
-    plan = jnp.stack([through_B, first_B, end_B, part_B]).astype(jnp.int32)
-    count = batch * min(most, pl.cdiv(table_BM.shape[1] * page_size, MIN_PART_BLOCKS * block))
-    return Parts(plan=plan, count=count, programs=min(most, count))
+    plan = jnp.stack([through_B, first_B, end_B]).astype(jnp.int32)
+    return Parts(plan=plan, size=size, count=batch * pl.cdiv(capacity, size))
 
 
 def _attend_kernel(
@@ -72,19 +73,20 @@ def _attend_kernel(
     v_ref: Any,  # [N, G, P, D]
     table_ref: Any,  # [B, M]
     start_ref: Any,  # [B]
-    plan_ref: Any,  # [4, B]
+    plan_ref: Any,  # [3, B]
     *refs: Any,  # two of factors [N, G, P] or none; parts [W, T, H, D], peaks [W, T, H], totals [W, T, H]
     rule: Rule,
     cut: Cut,
+    size: int,
     block_keys: int,
 ) -> None:
-    """Attend over every so-manieth part. Grid: programs, key/value heads, tiles of heads."""
+    """Attend over every so-manieth part of `size` keys. Grid: programs, key/value heads."""
     *scale_refs, out_ref, peak_ref, total_ref = refs
     kv = KVRefs(k_ref, v_ref, table_ref, *scale_refs)
     dtype = tile.product_dtype(k_ref.dtype, q_ref.dtype)
     batch, column_D = q_ref.shape[0], jnp.arange(q_ref.shape[-1])
     program, programs = pl.program_id(0), pl.num_programs(0)
-    kv_head, head = pl.program_id(1), pl.program_id(2) * cut.heads
+    kv_head = pl.program_id(1)
     row_B = jnp.arange(backend.power_of_two(batch))
     through_B = backend.load(plan_ref, (0, row_B), row_B < batch, jnp.iinfo(jnp.int32).max)
 
@@ -92,9 +94,9 @@ def _attend_kernel(
         part = program + turn * programs
         done_B = through_B <= part
         row, before = jnp.sum(done_B.astype(jnp.int32)), jnp.max(jnp.where(done_B, through_B, 0))
-        first, last, size = (backend.load(plan_ref, (line, row)) for line in (1, 2, 3))
+        first, last = (backend.load(plan_ref, (line, row)) for line in (1, 2))
         begin = first + (part - before) * size
-        place = Place(row, kv_head, head, 0, backend.load(start_ref, (row,)))
+        place = Place(row, kv_head, 0, 0, backend.load(start_ref, (row,)))
         queries = tile.load_queries(q_ref, place, cut, dtype)
         bounds = (begin, None, jnp.minimum(begin + size, last))
         sums = tile.attend(queries, kv, place, bounds, rule=rule, block_keys=block_keys)
@@ -113,7 +115,7 @@ def _merge_kernel(
     part_ref: Any,  # [W, T, H, D]
     peak_ref: Any,  # [W, T, H]
     total_ref: Any,  # [W, T, H]
-    plan_ref: Any,  # [4, B]
+    plan_ref: Any,  # [3, B]
     out_ref: Any,  # [B, T, H, D]
     *,
     at_once: int,
@@ -175,8 +177,9 @@ def attention(
     batch, length, heads, head_dim = q_BTHD.shape
     kv_heads, page_size = k_NGPD.shape[1:3]
     cut = tile.cut(heads // kv_heads, length, config.block_rows)
-    if cut.token_tiles > 1:
-        raise ValueError(f"{config.block_rows=} must hold the {length} tokens of a row")
+    if cut.token_tiles > 1 or cut.head_tiles > 1:
+        raise ValueError(f"{config.block_rows=} must hold {heads // kv_heads} heads of {length} tokens")
+    programs = pl.cdiv(num_cores * config.programs_per_core, kv_heads)
     parts = divide_keys(
         table_BM,
         start_B,
@@ -184,15 +187,15 @@ def attention(
         page_size=page_size,
         window=rule.window,
         block=config.block_keys,
-        most=pl.cdiv(num_cores * config.programs_per_core, kv_heads * cut.head_tiles),
+        most=PARTS_A_PROGRAM * programs,
     )
     whole = jax.ShapeDtypeStruct((parts.count, length, heads, head_dim), jnp.float32)
     number = jax.ShapeDtypeStruct((parts.count, length, heads), jnp.float32)
     factors = () if scales is None else tuple(scales)
     attend = backend.call(
-        functools.partial(_attend_kernel, rule=rule, cut=cut, block_keys=config.block_keys),
+        functools.partial(_attend_kernel, rule=rule, cut=cut, size=parts.size, block_keys=config.block_keys),
         name="paged_decode",
-        grid=(parts.programs, kv_heads, cut.head_tiles),
+        grid=(min(programs, parts.count), kv_heads),
         inputs=6 + len(factors),
         out_shape=(whole, number, number),
         num_warps=config.num_warps,
@@ -200,7 +203,7 @@ def attention(
         interpret=interpret,
     )
     merge = backend.call(
-        functools.partial(_merge_kernel, at_once=min(MERGED_AT_ONCE // head_dim, backend.power_of_two(parts.count))),
+        functools.partial(_merge_kernel, at_once=MERGED_AT_ONCE // head_dim),
         name="paged_decode_merge",
         grid=(batch, length, heads),
         inputs=4,

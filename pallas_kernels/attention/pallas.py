@@ -37,6 +37,8 @@ def attention(
       NotImplementedError: no kernel does this; the message says why.
     """
     case, gpu = case_of(q_BTHD, k_NGPD, table_BM), backend.gpu()
+    if k_NGPD.dtype.itemsize == 1 and k_NGPD.size >= 2**31:
+        raise NotImplementedError(f"{k_NGPD.size} numbers of a byte each: offsets have 31 bits up to 4 GiB")
     config = choose(case, config, gpu)
     arguments = (q_BTHD, k_NGPD, v_NGPD, table_BM, start_B)
     options = {"rule": Rule(scale, window, soft_cap), "scales": scales, "config": config, "interpret": interpret}

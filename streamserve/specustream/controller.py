@@ -217,7 +217,7 @@ class SpecuStream:
 
     def _switch_prices(self, draft_A: np.ndarray) -> np.ndarray:
         """Price what the drafter has to read before it can draft again: a pass of it costs about two of one token."""
-        missed = max(self._missed.values())
+        missed = max(self._missed.values(), default=0)
         if not self._way.catches_up or not missed:
             return np.zeros(len(self._tiers))
         passes = -(-missed // READ_WIDTH)

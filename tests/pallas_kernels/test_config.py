@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from pallas_kernels import arg_specs, backend, tune
@@ -15,28 +17,40 @@ OWN = BlockConfig(block_rows=32, block_keys=32, num_warps=2, num_stages=1)
 
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
-    """A table for the test's GPU, with entries for two batches."""
+    """A table for the test's GPU, with an entry for one and one for five query tokens."""
     monkeypatch.setattr(config, "TUNED", tmp_path)
     config._tuned.cache_clear()
-    configs = {batch: BlockConfig(block_rows=16, block_keys=64, num_warps=4, num_stages=batch) for batch in (1, 8)}
-    rows = [tune.entry(CASE._replace(batch=batch), one, {"chosen": 1.0}) for batch, one in configs.items()]
+    found = {tokens: BlockConfig(block_rows=32, block_keys=64, num_warps=4, num_stages=1 + tokens) for tokens in (1, 5)}
+    groups = {tokens: config.group_of(CASE._replace(tokens=tokens)) for tokens in found}
+    rows = [tune.entry(groups[tokens], one, {"chosen": {"shape": 1.0}}) for tokens, one in found.items()]
     (tmp_path / "nvidia_test_1.json").write_text(json.dumps({"entries": rows}))
-    yield configs
+    yield found
     config._tuned.cache_clear()
 
 
 def test_an_explicit_choice_comes_before_a_measured_one_and_that_before_the_rule(tuned):
     assert config.choose(CASE, OWN, GPU) is OWN
-    assert config.choose(CASE, None, GPU) == tuned[8]
+    assert config.choose(CASE, None, GPU) == tuned[1]
     assert config.choose(CASE, None, GPU._replace(kind="another")) == config.heuristic(CASE)
     assert config.choose(CASE, None, None) == config.heuristic(CASE)
 
 
-def test_what_was_measured_serves_the_nearest_batch_and_no_other_heads(tuned):
-    assert config.choose(CASE._replace(batch=2), None, GPU) == tuned[1]
-    assert config.choose(CASE._replace(batch=64), None, GPU) == tuned[8]
-    for other in (CASE._replace(kv_heads=4), CASE._replace(dtype="int8"), CASE._replace(tokens=4)):
+def test_block_sizes_never_depend_on_who_else_is_in_the_batch(tuned):
+    for tokens, expected in ((1, tuned[1]), (5, tuned[5]), (7, tuned[5])):
+        for batch in (1, 3, 64):
+            for capacity in (128, 32768):
+                case = CASE._replace(tokens=tokens, batch=batch, capacity=capacity)
+                assert config.choose(case, None, GPU) == expected
+                assert config.heuristic(case) == config.heuristic(case._replace(batch=8, capacity=4096))
+    for other in (CASE._replace(kv_heads=4), CASE._replace(dtype="int8"), CASE._replace(tokens=2)):
         assert config.choose(other, None, GPU) == config.heuristic(other)
+
+
+def test_keys_are_summed_in_the_same_steps_for_any_number_of_query_tokens():
+    for spec in arg_specs.SPECS.values():
+        if spec.case.decodes:
+            several = {config.heuristic(spec.case._replace(tokens=tokens)).block_keys for tokens in (1, 2, 5)}
+            assert len(several) == 1, spec.name
 
 
 @pytest.mark.parametrize(
@@ -57,11 +71,27 @@ def test_block_sizes_that_no_kernel_can_run_are_named(fields, message):
 
 @pytest.mark.parametrize(
     ("case", "message"),
-    [(CASE._replace(head_dim=96), "head size 96"), (CASE._replace(dtype="int4"), "pages of int4")],
+    [
+        (CASE._replace(head_dim=96), "head size 96"),
+        (CASE._replace(dtype="int4"), "pages of int4"),
+        (CASE._replace(dtype="float8_e4m3fn"), "float8_e4m3fn on a GPU of compute capability 8.0"),
+    ],
 )
 def test_what_no_kernel_does_is_left_to_others(case, message):
     with pytest.raises(NotImplementedError, match=message):
-        config.choose(case, OWN, None)
+        config.choose(case, OWN, GPU._replace(capability=8.0))
+
+
+def test_float8_is_for_chips_that_have_it():
+    case = CASE._replace(dtype="float8_e4m3fn")
+    assert config.choose(case, None, GPU._replace(capability=9.0)) == config.heuristic(case)
+
+
+def test_a_cpu_is_no_gpu_even_where_a_mesh_is_set():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert backend.platform() == "cpu"
+        assert backend.gpu() is None
 
 
 def test_few_tokens_are_decoded_and_many_prefilled():
@@ -81,8 +111,9 @@ def test_tables_that_are_committed_can_be_read_and_name_their_times():
         table = json.loads(path.read_text())
         assert table["device"]["num_cores"] > 0
         for row in table["entries"]:
-            assert config.choose(Case(**row["case"]), BlockConfig(**row["config"]), None)
-            assert min(row["microseconds"].values()) > 0
+            assert config.Group(**row["group"]).kernel in ("decode", "prefill")
+            assert BlockConfig(**row["config"])
+            assert min(value for times in row["microseconds"].values() for value in times.values()) > 0
 
 
 def test_a_file_name_is_made_of_a_devices_kind():
