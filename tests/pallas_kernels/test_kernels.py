@@ -187,13 +187,13 @@ def test_tiles_hold_every_query_once(group, length, block_rows):
 
 
 def test_the_decode_kernel_refuses_tiles_that_do_not_hold_a_rows_tokens():
-    arrays, _ = _case(Shape(1, 16, 2, 1, 16, 16, 4), 0, [3], [False])
+    arrays, _ = _case(Shape(1, 16, 1, 1, 16, 16, 4), 0, [3], [False])
     rule = tile.Rule(1.0, None, None)
     small = BlockConfig(block_rows=16, block_keys=16, num_warps=4, num_stages=2)
     options = {"rule": rule, "scales": None, "num_cores": 4, "interpret": True}
     decode.attention(*arrays, config=small, **options)
     queries = jnp.pad(arrays[0], ((0, 0), (0, 1), (0, 0), (0, 0)))
-    with pytest.raises(ValueError, match="must hold 2 heads of 17 tokens"):
+    with pytest.raises(ValueError, match="must hold 1 heads of 17 tokens"):
         decode.attention(queries, *arrays[1:], config=small, **options)
 
 
