@@ -220,6 +220,31 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise RunError(f"cannot read {str(path)!r}: {error}") from None
 
 
+def read_json_lines(path: pathlib.Path, *, what: str = "") -> list[Any]:
+    """Read a file of JSON lines, but for blank ones.
+
+    Args:
+      path: of the file.
+      what: it is, for the message.
+
+    Raises:
+      RunError: it cannot be read, or a line of it, which is named by its number in the file.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"cannot read {what}{str(path)!r}: {error.strerror or error}") from None
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                values.append(json.loads(line.decode("utf-8")))
+        except ValueError as error:  # the "line" of a JSONDecodeError would be that of this one line
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise RunError(f"cannot read {what}{str(path)!r}: line {number}: not valid JSON: {reason}") from None
+    return values
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

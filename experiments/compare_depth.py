@@ -28,9 +28,9 @@ import numpy as np
 from absl import flags
 
 import streamserve
-from experiments import common, depth_arms, depth_report
+from experiments import common, depth_arms, depth_options, depth_report
 from experiments.depth_arms import PLAIN, ArmRun, Engine, SimulationConfig, fixed_arm
-from experiments.depth_options import Options, define_flags, read_options
+from experiments.depth_options import Options, read_options
 from streamserve import jsonl, parts
 from streamserve.config import Config, from_mapping
 from streamserve.sampling_params import SamplingParams
@@ -200,10 +200,10 @@ def read_workload(path: pathlib.Path) -> list[str]:
     Raises:
       RunError: the file cannot be read, or a line has neither.
     """
+    lines = common.read_json_lines(path, what="the workload ")
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         texts = [line["prompt"] if "prompt" in line else line["turns"][0] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise common.RunError(f"cannot read the workload {str(path)!r}: {type(error).__name__}: {error}") from None
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise common.RunError(
@@ -286,5 +286,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    define_flags(flags.FLAGS)
+    depth_options.define_flags(flags.FLAGS)
+    flags.adopt_module_key_flags(depth_options)  # or --help would not list them
     common.run_main(main, default_config=DEFAULT_CONFIG)

@@ -82,9 +82,7 @@ class _Canvas:
 
     def __init__(self, folder: pathlib.Path, *, synthetic: bool, prefix: str = ""):
         if mpl is None:
-            raise common.RunError(
-                "plots need matplotlib: install the extra `plots`, as in pip install 'streamserve[plots]'"
-            )
+            raise common.RunError("plots need matplotlib: install the extra `plots`, as in pip install -e '.[plots]'")
         self._folder, self._prefix, self._mark = folder, prefix, "SYNTHETIC. " if synthetic else ""
 
     def draw(self, name: str, title: str, panels: Mapping[str, Any], draw: Any) -> list[pathlib.Path]:

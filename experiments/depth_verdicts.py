@@ -1,6 +1,5 @@
 """What a comparison of depth policies says of each arm, from its rows alone: ratios with intervals, or why none."""
 
-import json
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,10 +62,7 @@ def read_rows(path: pathlib.Path) -> tuple[Row, list[Row]]:
     Raises:
       RunError: it cannot be read, or is no such file.
     """
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise common.RunError(f"cannot read {str(path)!r}: {error}") from None
+    lines = common.read_json_lines(path)
     if len(lines) < 2 or lines[0].get("kind") != "header" or lines[0].get("mode") not in ("simulate", "engine"):
         raise common.RunError(f"{str(path)!r} does not hold a header of experiments.compare_depth and rows")
     return lines[0], lines[1:]

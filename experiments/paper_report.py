@@ -115,12 +115,15 @@ def _opening(study: Study, board: Board) -> Iterator[str]:
     yield "## Setting"
     yield paper_tables.setting_table(study)
     yield f"`{header['command']}`\n\n{paper_tables.machine(header)}"
+    intervals = (
+        f"stationary bootstrap over prompts, in blocks as long as a run, {RESAMPLES} resamples shared by all arms"
+    )
     yield (
         f"Every arm ran {header['repeats']} times on every workload and in every mode ({', '.join(header['modes'])}), "
         "with the same prompts, seeds and arrival times, in an order drawn anew for every other repeat and reversed in "
         f"the one after it; {header['concurrency']} requests decode at once. Greedy tokens are compared prompt by "
-        f"prompt; {header['max_different']} may differ in a run. Intervals: stationary bootstrap over prompts, in "
-        f"blocks as long as a run, {RESAMPLES} resamples shared by all arms."
+        f"prompt; {header['max_different']} may differ in a run. Intervals: "
+        f"{'one run has none' if header['repeats'] == 1 else intervals}."
     )
     turns = [len(names) for names in (header["modes"], header["workloads"], set(map(arm_of, study.runs)))]
     if len(study.runs) < header["repeats"] * math.prod(turns):
@@ -160,11 +163,13 @@ def _by_mode(comparisons: Sequence[Comparison]) -> Iterator[str]:
 def _factors(found: dict[tuple[str, str], Effects], simple: Sequence[Comparison]) -> Iterator[str]:
     yield _EFFECTS
     runs = min(one.cell.num_runs for one in found.values())
-    yield (
-        f"Where each factor loses. There are {runs} runs of an arm on a workload in a mode. If they differed by luck "
-        f"alone, all would lie on one side of one in {2.0 ** (1 - runs):.0%} of the cases, and an interval is hardly "
-        f"wider than they are; with fewer than {MIN_RUNS} nothing is called a gain or a loss."
+    luck = (
+        f"There are {runs} runs of an arm on a workload in a mode. If they differed by luck alone, all would lie on "
+        f"one side of one in {2.0 ** (1 - runs):.0%} of the cases, and an interval is hardly wider than they are"
     )
+    if runs == 1:
+        luck = "There is one run of an arm on a workload in a mode. One run has no interval"
+    yield f"Where each factor loses. {luck}; with fewer than {MIN_RUNS} nothing is called a gain or a loss."
     yield paper_tables.losses(found, simple)
     for mode in dict.fromkeys(mode for mode, _ in found):
         own = [one for (its, _), one in found.items() if its == mode]

@@ -1,6 +1,5 @@
 """What the rows of the reproduction hold: the runs of every arm by mode and workload, their metrics, and resamples."""
 
-import json
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,10 +98,10 @@ def read_study(path: pathlib.Path) -> Study:
     Raises:
       RunError: it cannot be read, or is no such file.
     """
+    lines = common.read_json_lines(path)
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         kinds = [line["kind"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise common.RunError(f"cannot read {str(path)!r}: {type(error).__name__}: {error}") from None
     if not lines or kinds.count("header") != 1 or lines[0].get("study") != STUDY or "run" not in kinds:
         raise common.RunError(f"{str(path)!r} does not hold a header of experiments.reproduce_paper and runs")

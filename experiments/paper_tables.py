@@ -168,7 +168,8 @@ def losses(found: Mapping[tuple[str, str], Effects], comparisons: Sequence[Compa
             continue
         enough = [entry for entry in main if entry[0].num_runs >= MIN_RUNS]
         better, worse = (sum(speed.low > 1 for _, _, speed in enough), [one for one in enough if one[2].high < 1])
-        doubtful = [entry for entry in main if entry not in enough and entry[2].high < 1]
+        few = [entry for entry in main if entry[0].num_runs < MIN_RUNS]
+        doubtful = [entry for entry in few if round(entry[2].value, 2) < 1]  # as shown; one run has no interval
         lost = sum(speed.high < 1 for one, speed in simple if one.cell.num_runs >= MIN_RUNS)
         paragraphs.append(
             f"- **{factor}**: main effects (workload x mode x metric): {better} gains, {len(worse)} losses, "

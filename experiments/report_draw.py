@@ -52,9 +52,7 @@ def check_matplotlib() -> None:
       RunError: matplotlib is not installed.
     """
     if mpl is None:
-        raise common.RunError(
-            "a report needs matplotlib: install the extra `plots`, as in pip install 'streamserve[plots]'"
-        )
+        raise common.RunError("a report needs matplotlib: install the extra `plots`, as in pip install -e '.[plots]'")
 
 
 def draw(chart: Chart, prefix: str) -> str:

@@ -227,4 +227,5 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     paper_options.define_flags(flags.FLAGS)
+    flags.adopt_module_key_flags(paper_options)  # or --help would not list them
     common.run_main(main, default_config=DEFAULT_CONFIG)

@@ -7,7 +7,6 @@ those of ratios, are bootstraps over the repeats, in each of which all routers m
 done; 2 the rows or the output are unusable.
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -70,10 +69,7 @@ def read_rows(path: pathlib.Path) -> tuple[Row, list[Row]]:
     Raises:
       RunError: it cannot be read, or is no such file.
     """
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise common.RunError(f"cannot read {str(path)!r}: {error}") from None
+    lines = common.read_json_lines(path)
     if len(lines) < 2 or lines[0].get("kind") != "header" or any("router" not in row for row in lines[1:]):
         raise common.RunError(f"{str(path)!r} does not hold a header of experiments.compare_routers and rows")
     return lines[0], lines[1:]

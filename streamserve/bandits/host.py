@@ -29,8 +29,14 @@ class HostPolicy:
         """Choose an arm as if nothing had been chosen; `commit` makes it so. Gives what the policy calls a decision.
 
         Each proposal has random numbers of its own: those of one that did not stand are no longer random.
+
+        Raises:
+          TypeError: the policy's `choose` returns no pair.
         """
-        decision, self._proposed = self._policy.choose(self._state, context, self._next_noise())
+        told = self._policy.choose(self._state, context, self._next_noise())
+        if type(told) is not tuple or len(told) != 2:  # a decision alone may be a named tuple of two
+            raise TypeError(f"a policy's `choose` must return (decision, state), got {told!r}")
+        decision, self._proposed = told
         return decision
 
     def commit(self) -> None:

@@ -78,7 +78,10 @@ class FlowGuard:
         if not 0 < route.propensity <= 1:
             raise ValueError(f"the routing policy chose lane {route.arm} with a propensity of {route.propensity}")
         if not 0 <= route.arm < len(eligible) or not eligible[route.arm]:
-            raise ValueError(f"the routing policy chose lane {route.arm}, which may not take the request ({eligible=})")
+            may = ", ".join(str(lane) for lane, free in enumerate(eligible) if free)
+            raise ValueError(
+                f"the routing policy chose lane {route.arm}, which may not take the request (lanes that may: {may})"
+            )
         if route.local and not context.local_A[route.arm]:
             raise ValueError(f"the routing policy chose lane {route.arm} to prefill where it decodes, but it cannot")
         self._skipped += self._proposed is not None

@@ -48,6 +48,12 @@ class BanditsTest(parameterized.TestCase):
         assert third[2] < 0.8 * third[0], third
         assert third[2] < 0.5 * uniform, third
 
+    @parameterized.parameters(1, None, (Decision(1, 1.0),), ((Decision(1, 1.0), 0, 0),))
+    def test_what_is_no_decision_and_state_is_told(self, answer):
+        policy = BANDITS["ucb"](3)._replace(choose=lambda state, context, noise_A2: answer)
+        with pytest.raises(TypeError, match=r"`choose` must return \(decision, state\), got "):
+            HostPolicy(policy, num_arms=3, seed=0).choose(HALF_RANGE)
+
     @parameterized.product(name=list(BANDITS), delay=[0, 3])
     def test_every_arm_is_tried(self, name, delay):
         arms = play(BANDITS[name], np.tile(MEANS_A, (100, 1)), bernoulli, 5, delay)

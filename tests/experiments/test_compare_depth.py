@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import common, compare_depth, depth_arms, depth_options, depth_plots, depth_report, depth_verdicts
+from experiments import (
+    common,
+    compare_depth,
+    depth_arms,
+    depth_options,
+    depth_plots,
+    depth_report,
+    depth_verdicts,
+    paper_rows,
+    router_report,
+)
 from experiments.depth_verdicts import Panel
 from streamserve.metrics import EngineStats
 from streamserve.specustream import DecisionLog, DepthContext, Plan, StepStats, nominal
@@ -401,6 +411,16 @@ def test_a_workload_without_prompts_is_refused(tmp_path, line):
         compare_depth.read_workload(tmp_path / "w.jsonl")
 
 
+@pytest.mark.parametrize(
+    "read", [compare_depth.read_workload, depth_verdicts.read_rows, router_report.read_rows, paper_rows.read_study]
+)
+def test_a_broken_line_is_named_by_its_number_in_the_file(tmp_path, read):
+    (tmp_path / "w.jsonl").write_text('{"kind": "header"}\n{"prompt": "a\u2028b"}\n\n{"prompt": "c", broken}\n')
+    reason = "line 4: not valid JSON: Expecting property name enclosed in double quotes at column 17"
+    with pytest.raises(common.RunError, match=rf"^cannot read .*w\.jsonl': {reason}$"):
+        read(tmp_path / "w.jsonl")
+
+
 # --- intervals
 
 
@@ -564,7 +584,7 @@ def test_without_matplotlib_there_are_tables_and_a_message(compare, tmp_path, mo
     monkeypatch.setattr(depth_plots, "mpl", None)
     assert compare()[0] == 0
     assert depth_report.report(tmp_path / "rows.jsonl", tmp_path) == 2
-    assert "install the extra `plots`" in capsys.readouterr().err
+    assert "install the extra `plots`, as in pip install -e '.[plots]'" in capsys.readouterr().err
     assert (tmp_path / "table.md").exists()
 
 

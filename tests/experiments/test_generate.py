@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -278,9 +279,9 @@ def test_a_full_disk_is_code_2_and_one_line(start, capsys):
     assert shown == "error: cannot write '/dev/full': No space left on device"
 
 
-def run_script(*arguments):
+def run_script(*arguments, name="generate"):
     return subprocess.run(
-        [sys.executable, "-m", "experiments.generate", *arguments],
+        [sys.executable, "-m", f"experiments.{name}", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -315,6 +316,11 @@ def test_overrides_reach_the_config():
     common.parse_flags(arguments, default_config=generate.DEFAULT_CONFIG, values=values)
     config, sampling = common.split_config(values.config.to_dict())
     assert (config.seed, config.model.tokenizer, sampling["max_tokens"]) == (3, "folder", 5)
+
+
+@pytest.mark.parametrize("name", ["serve_trace", "reproduce_paper", "compare_depth"])
+def test_help_lists_flags_that_a_module_of_their_own_defines(name):
+    assert re.search(r"^  --num_prompts: First lines", run_script("--help", name=name).stdout, re.MULTILINE)
 
 
 def test_the_script_itself_ends_with_one_line_and_code_2():

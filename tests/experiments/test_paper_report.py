@@ -141,6 +141,12 @@ class ReportTest(PaperCase):
         self.assertIn("Losses: none. Below one, but of too few runs: alpaca, offline, latency 0.50", text)
         self.assertIn("all would lie on one side of one in 50% of the cases", text)
 
+    def test_what_one_run_shows_below_one_is_listed_without_an_interval(self):
+        text, _ = paper_report.report(made_up(lambda arm: 0.5 if arm.router == "flowguard" else 1.0, repeats=1))
+        self.assertIn("Losses: none. Below one, but of too few runs: alpaca, offline, latency 0.50; ", text)
+        self.assertIn("There is one run of an arm on a workload in a mode. One run has no interval", text)
+        self.assertIn("Intervals: one run has none.", text)
+
     def test_the_price_of_a_draft_is_told_between_fleets_that_differ_in_it_alone(self):
         text, _ = paper_report.report(made_up(lambda arm: 0.5 if arm.fleet == "co" else 1.0))
         part = text.partition("## What a draft model costs")[2].partition("## Every arm")[0]

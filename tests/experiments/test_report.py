@@ -298,7 +298,7 @@ class InputTest(parameterized.TestCase):
         with mock.patch.object(report_draw, "mpl", None):
             code, _, err = _run(workdir)
         self.assertEqual(code, common.EXIT_UNUSABLE)
-        self.assertRegex(err, r"^error: a report needs matplotlib: [^\n]*streamserve\[plots\][^\n]*\n$")
+        self.assertRegex(err, r"^error: a report needs matplotlib: [^\n]*pip install -e '\.\[plots\]'\n$")
 
     @parameterized.parameters(
         (["--workdir=a", "--wokdir=b"], "Unknown command line flag 'wokdir'"),
