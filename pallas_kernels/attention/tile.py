@@ -152,7 +152,7 @@ def attend(
       rule: of the scores.
       block_keys: keys of a step.
     """
-    page_size, head_dim, columns = kv.k.shape[2], kv.k.shape[3], kv.table.shape[1]
+    page_size, head_dim = kv.k.shape[2:]
     rows, dtype = queries.value_XD.shape[0], queries.value_XD.dtype
     begin, clear, end = bounds
     column_D = jnp.arange(head_dim)
@@ -160,7 +160,7 @@ def attend(
     def step(index: Any, sums: Sums, *, all_seen: bool) -> Sums:
         key_c = index * block_keys + jnp.arange(block_keys)
         column_c, slot_c = key_c // page_size, key_c % page_size
-        page_c = backend.load(kv.table, (place.row, column_c), (key_c < end) & (column_c < columns), SCRATCH_PAGE)
+        page_c = backend.load(kv.table, (place.row, column_c), key_c < end, SCRATCH_PAGE)
         there_c = page_c != SCRATCH_PAGE
         where = (page_c[:, None], place.kv_head, slot_c[:, None], column_D[None])
         k_cD = backend.load(kv.k, where, there_c[:, None]).astype(dtype)

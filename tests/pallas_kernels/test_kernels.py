@@ -3,6 +3,7 @@
 Shapes are few, since each is compiled; what lies in them is drawn anew.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.attention import BlockConfig, KVScales, attention, decode, reference, rotate_and_write, tile
 
 SMALL = BlockConfig(block_rows=64, block_keys=16, num_warps=4, num_stages=2)
+MANY = dataclasses.replace(SMALL, programs_per_core=8)
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 2e-3}
 
 
@@ -47,7 +49,7 @@ SHAPES = {
     "float16": Shape(2, 2, 4, 2, 64, 16, 8, dtype="float16"),
     "bytes": Shape(2, 3, 4, 2, 32, 16, 8, pages="int8"),
     "float8": Shape(2, 3, 4, 2, 32, 16, 8, pages="float8_e4m3fn"),
-    "more parts than are merged at once": Shape(2, 2, 2, 1, 256, 16, 128, config=SMALL),
+    "more parts than are merged at once": Shape(2, 2, 2, 1, 256, 16, 128, config=MANY),
     "a prompt": Shape(
         2, 40, 4, 2, 16, 16, 8, config=BlockConfig(block_rows=32, block_keys=16, num_warps=4, num_stages=2)
     ),
@@ -206,7 +208,9 @@ def test_devices_divide_heads_among_themselves():
     placed = [jax.device_put(a, jax.sharding.NamedSharding(mesh, b)) for a, b in zip(arrays, specs, strict=True)]
     options = {"scale": 0.25, "implementation": "pallas", "config": SMALL, "heads_axis": "tensor"}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jax.jit(functools.partial(attention, **options)).lower(*placed).compile()
+        traced = jax.jit(functools.partial(attention, **options)).trace(*placed)
+    assert "shard_map" in str(traced.jaxpr), "a compiler divides what is interpreted, but not a kernel"
+    compiled = traced.lower().compile()
     got, want = compiled(*placed), reference.attention(*arrays, scale=0.25)
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=2e-6)
     assert "all-gather" not in compiled.as_text(), "a device works on heads that are another's"
@@ -225,7 +229,9 @@ def test_devices_write_the_heads_that_are_theirs():
     placed = [jax.device_put(a, jax.sharding.NamedSharding(mesh, b)) for a, b in zip(arguments, specs, strict=True)]
     call = functools.partial(rotate_and_write, implementation="pallas", heads_axis="tensor")
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jax.jit(call).lower(*placed).compile()
+        traced = jax.jit(call).trace(*placed)
+    assert "shard_map" in str(traced.jaxpr)
+    compiled = traced.lower().compile()
     for one, plain in zip(compiled(*placed), want, strict=True):
         np.testing.assert_allclose(np.asarray(one), np.asarray(plain), atol=1e-6)
     assert "all-gather" not in compiled.as_text()
