@@ -55,7 +55,7 @@ def loop(contender: Contender, spec: Spec, seed: int) -> Callable[[], Any]:
 def contenders(spec: Spec) -> Mapping[str, Contender]:
     """List who computes this shape under JAX: ours, and the peers that can."""
     own = {name: bench_attention_peers.ours(spec, name) for name in ("pallas", "xla")}
-    return own | bench_attention_peers.able(spec)
+    return {**own, **bench_attention_peers.able(spec)}
 
 
 def compare(spec: Spec, yardstick: Yardstick, *, repeats: int, seed: int) -> dict[str, Any]:

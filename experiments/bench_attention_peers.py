@@ -126,6 +126,7 @@ def ours(spec: Spec, implementation: str) -> Contender:
     """One of our implementations, over pages as they are."""
 
     def call(q: Any, cache: Any, table: Any, start: Any) -> jax.Array:
-        return attention(q, *cache, table, start, scale=spec.head_dim**-0.5, implementation=implementation)
+        keys, values = cache
+        return attention(q, keys, values, table, start, scale=spec.head_dim**-0.5, implementation=implementation)
 
     return Contender(lambda keys, values, table: (keys, values), call)

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import attention, rotate
+from pallas_kernels.attention import append, attention, rotate
 from pallas_kernels.attention.xla import BLOCK_KEYS, MAX_ROW_KEYS
-from streamserve.kv.cache import append
 from streamserve.models.config import ModelConfig
 from streamserve.models.layers import rotary_angles
 from streamserve.types import LayerKV
@@ -77,7 +76,7 @@ def contiguous_cache(scale: float, *, bounded: bool) -> CacheOps:
 def paged_cache(scale: float, table_BM: jax.Array) -> CacheOps:
     """Build the engine's own cache over a table of pages."""
     return CacheOps(
-        write=lambda layer, k, v, start_B: append(layer, k, v, table_BM, start_B),
+        write=lambda layer, k, v, start_B: LayerKV(*append(layer.k, layer.v, k, v, table_BM, start_B)),
         attend=lambda q, layer, start_B: attention(q, layer.k, layer.v, table_BM, start_B, scale=scale),
     )
 

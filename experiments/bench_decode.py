@@ -70,7 +70,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("output", None, "JSON file.", required=True, flag_values=values)
     flags.DEFINE_list("batches", ["1", "8", "64"], "Requests that decode at once.", flag_values=values)
     for field in dataclasses.fields(Settings):
-        define = flags.DEFINE_string if isinstance(field.default, str) else flags.DEFINE_integer
+        define: Any = flags.DEFINE_string if isinstance(field.default, str) else flags.DEFINE_integer
         define(field.name, field.default, "See `Settings`.", flag_values=values)
 
 

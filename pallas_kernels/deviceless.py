@@ -10,6 +10,7 @@ its own, because a compiler that lacks a part may end the process. Not covered: 
 import argparse
 import contextlib
 import functools
+import importlib
 import json
 import pathlib
 import re
@@ -209,7 +210,7 @@ def compile_for(mesh: Mesh, chip: Chip, function: Callable[..., Any], *shapes: A
         return read(lowered.compile(compiler_options=dump_options(folder)), chip, folder)
 
 
-def dump_options(folder: str) -> dict[str, str]:
+def dump_options(folder: str) -> dict[str, Any]:
     """Options of XLA by which a compilation leaves in a folder what `read` looks for; one compilation a folder."""
     return {"xla_dump_to": folder}
 
@@ -287,9 +288,8 @@ def find_assembler() -> pathlib.Path:
       RuntimeError: it is not installed.
     """
     with contextlib.suppress(ImportError):
-        import nvidia  # noqa: PLC0415  # a namespace of the compiler's wheels, absent without them
-
-        for folder in nvidia.__path__:
+        wheels = importlib.import_module("nvidia")  # a namespace of the compiler's wheels, absent without them
+        for folder in wheels.__path__:
             for path in sorted(pathlib.Path(folder).glob("**/bin/ptxas")):
                 return path
     raise RuntimeError("ptxas is not installed (pip install -e '.[gpu-aot]')")

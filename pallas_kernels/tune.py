@@ -79,8 +79,8 @@ def _times(spec: Spec, found: Sequence[BlockConfig], *, repeats: int, seed: int)
     for one in found:
 
         def call(queries: Any, cache: Any, table: Any, start: Any, one: BlockConfig = one) -> jax.Array:
-            scale = spec.head_dim**-0.5
-            return attention(queries, *cache, table, start, scale=scale, implementation="pallas", config=one)
+            options = {"scale": spec.head_dim**-0.5, "implementation": "pallas", "config": one}
+            return attention(queries, cache[0], cache[1], table, start, **options)
 
         try:
             got = np.asarray(jax.jit(call)(queries, (keys, values), table, start), np.float32)

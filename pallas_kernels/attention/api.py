@@ -73,7 +73,8 @@ def attention(
         raise ValueError(f"pages of {k_NGPD.dtype} {'need' if scales is None else 'take no'} scales")
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
     heads, pages = PartitionSpec(None, None, heads_axis), PartitionSpec(None, heads_axis)
-    specs = (heads, pages, pages, PartitionSpec(), PartitionSpec(), None if scales is None else KVScales(pages, pages))
+    of_scales: Any = None if scales is None else jax.tree.map(lambda _: pages, scales)
+    specs = (heads, pages, pages, PartitionSpec(), PartitionSpec(), of_scales)
 
     def run(name: str) -> jax.Array:
         kernel = name in _KERNELS

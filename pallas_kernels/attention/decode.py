@@ -33,12 +33,12 @@ class Parts(NamedTuple):
     Attributes:
       plan: int32 [3, B]: number of parts of this row and those before it; the row's first key; its end.
       size: keys a part.
-      count: parts that there may be, at most.
+      room: parts that there may be, at most.
     """
 
     plan: jax.Array
     size: int
-    count: int
+    room: int
 
 
 def divide_keys(
@@ -64,7 +64,7 @@ def divide_keys(
     upto_BB = jnp.arange(batch)[None] <= jnp.arange(batch)[:, None]
     through_B = jnp.sum(jnp.where(upto_BB, parts_B[None], 0), axis=1)
     plan = jnp.stack([through_B, first_B, end_B]).astype(jnp.int32)
-    return Parts(plan=plan, size=size, count=batch * pl.cdiv(capacity, size))
+    return Parts(plan=plan, size=size, room=batch * pl.cdiv(capacity, size))
 
 
 def _attend_kernel(
@@ -189,13 +189,13 @@ def attention(
         block=config.block_keys,
         most=PARTS_A_PROGRAM * programs,
     )
-    whole = jax.ShapeDtypeStruct((parts.count, length, heads, head_dim), jnp.float32)
-    number = jax.ShapeDtypeStruct((parts.count, length, heads), jnp.float32)
+    whole = jax.ShapeDtypeStruct((parts.room, length, heads, head_dim), jnp.float32)
+    number = jax.ShapeDtypeStruct((parts.room, length, heads), jnp.float32)
     factors = () if scales is None else tuple(scales)
     attend = backend.call(
         functools.partial(_attend_kernel, rule=rule, cut=cut, size=parts.size, block_keys=config.block_keys),
         name="paged_decode",
-        grid=(min(programs, parts.count), kv_heads),
+        grid=(min(programs, parts.room), kv_heads),
         inputs=6 + len(factors),
         out_shape=(whole, number, number),
         num_warps=config.num_warps,

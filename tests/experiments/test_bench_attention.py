@@ -3,15 +3,17 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench_attention, bench_attention_peers, bench_decode, common, model_shapes
+from experiments import bench_attention, bench_attention_peers, bench_bare, bench_decode, common, model_shapes
 from experiments.bench_attention_peers import Contender
 from experiments.bench_common import Yardstick, measure_yardstick
 from pallas_kernels import arg_specs, tune
 from pallas_kernels.attention.config import group_of
-from streamserve.models import abstract_params, from_hf
+from streamserve.models import abstract_params, from_hf, init_params
+from streamserve.types import LayerKV
 
 YARDSTICK = Yardstick(bytes_per_s=1e10, flops_per_s=1e11)
 
@@ -96,3 +98,21 @@ def test_a_step_reads_all_weights_but_an_embedding_that_is_no_head():
     params = {"embedding": jax.ShapeDtypeStruct((10, 4), "float32"), "layers": jax.ShapeDtypeStruct((3,), "float32")}
     assert bench_decode.weight_bytes(params) == 172
     assert bench_decode.weight_bytes(params | {"head": jax.ShapeDtypeStruct((10, 4), "float32")}) == 172
+
+
+def test_a_bare_step_over_pages_equals_one_over_caches_of_one_piece():
+    config = from_hf({**model_shapes.SHAPES["tiny"], "tie_word_embeddings": True})
+    params = init_params(config, jax.random.key(0), dtype="float32", std=0.05)
+    table, start = jnp.asarray([[2, 1], [4, 3]], jnp.int32), jnp.asarray([0, 0], jnp.int32)
+    scale = config.head_dim**-0.5
+    logits = []
+    for ops, dims in (
+        (bench_bare.paged_cache(scale, table), (5, config.num_kv_heads, 64, config.head_dim)),
+        (bench_bare.contiguous_cache(scale, bounded=True), (2, config.num_kv_heads, 128, config.head_dim)),
+    ):
+        layers = tuple(LayerKV(k=jnp.zeros(dims), v=jnp.zeros(dims)) for _ in range(config.num_layers))
+        tokens = jnp.asarray([[1, 2, 3], [4, 5, 6]], jnp.int32)
+        _, layers = bench_bare.forward(config, params, tokens, layers, start, ops)
+        logits.append(bench_bare.forward(config, params, tokens[:, :1], layers, start + 3, ops)[0])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+    assert np.abs(logits[0]).max() > 1e-3

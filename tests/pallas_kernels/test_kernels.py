@@ -155,7 +155,7 @@ def test_parts_hold_every_key_of_every_row_once_and_fit_the_room(starts, most, w
         jnp.asarray(table), start_B, length=length, page_size=page_size, window=window, block=block, most=most
     )
     through, first, end = np.asarray(parts.plan)
-    assert through[-1] <= parts.count
+    assert through[-1] <= parts.room
     assert parts.size % block == 0
     assert -(-capacity // parts.size) <= most or parts.size == decode.MIN_PART_BLOCKS * block
     assert parts.size <= max(decode.MIN_PART_BLOCKS * block, -(-capacity // most) + block - 1), "no larger than need be"
