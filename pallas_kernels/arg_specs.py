@@ -51,8 +51,7 @@ class Spec(NamedTuple):
     @property
     def case(self) -> Case:
         """What block sizes depend on."""
-        capacity = self.columns * self.page_size
-        return Case(self.batch, self.tokens, self.heads, self.kv_heads, self.head_dim, capacity, self.dtype)
+        return Case(self.tokens, self.heads, self.kv_heads, self.head_dim, self.dtype)
 
     @property
     def kv_bytes(self) -> int:

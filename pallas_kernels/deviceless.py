@@ -134,9 +134,9 @@ def make_mesh(chip: Chip, *, devices: int = 1) -> Mesh:
     return topologies.make_mesh(topology, (devices,), (AXIS,))
 
 
-def on_mesh(shapes: Any, mesh: Mesh, spec: PartitionSpec | None = None) -> Any:
-    """Attach a place on the mesh to a tree of shapes; whole copies by default."""
-    sharding = NamedSharding(mesh, PartitionSpec() if spec is None else spec)
+def on_mesh(shapes: Any, mesh: Mesh) -> Any:
+    """Attach a place to a tree of shapes: a whole copy on each device of the mesh."""
+    sharding = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding), shapes)
 
 
@@ -192,7 +192,7 @@ class Compiled(NamedTuple):
     uses: dict[str, KernelUse]
 
 
-def compile_for(mesh: Mesh, chip: Chip, function: Callable[..., Any], *shapes: Any, **jit_options: Any) -> Compiled:
+def compile_for(mesh: Mesh, chip: Chip, function: Callable[..., Any], *shapes: Any) -> Compiled:
     """Compile a function for the chips of a mesh and assemble its kernels.
 
     Args:
@@ -200,13 +200,12 @@ def compile_for(mesh: Mesh, chip: Chip, function: Callable[..., Any], *shapes: A
       chip: of the mesh.
       function: is jitted.
       *shapes: trees of `jax.ShapeDtypeStruct` with a place on the mesh.
-      **jit_options: of `jax.jit`.
 
     Raises:
       RuntimeError: a part of the compiler is missing.
     """
     with tempfile.TemporaryDirectory() as folder, jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(function, **jit_options).lower(*shapes)
+        lowered = jax.jit(function).lower(*shapes)
         return read(lowered.compile(compiler_options=dump_options(folder)), chip, folder)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from pallas_kernels import backend, measure
 from pallas_kernels.arg_specs import SPECS, Spec
 from pallas_kernels.attention import BlockConfig, attention, config, reference
-from pallas_kernels.attention.config import Case, Group, group_of
+from pallas_kernels.attention.config import Case
 
 
 def candidates(case: Case) -> tuple[BlockConfig, ...]:
@@ -46,9 +46,9 @@ def candidates(case: Case) -> tuple[BlockConfig, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def entry(group: Group, chosen: BlockConfig, microseconds: dict[str, dict[str, float]]) -> dict[str, Any]:
+def entry(case: Case, chosen: BlockConfig, microseconds: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Lay out a row of the table."""
-    return {"group": group._asdict(), "config": dataclasses.asdict(chosen), "microseconds": microseconds}
+    return {"case": case.shared._asdict(), "config": dataclasses.asdict(chosen), "microseconds": microseconds}
 
 
 def tune(specs: Sequence[Spec], *, repeats: int, limit: int | None, seed: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def tune(specs: Sequence[Spec], *, repeats: int, limit: int | None, seed: int) -
         raise ValueError(f"no candidate runs for {', '.join(spec.name for spec in specs)}")
     ranked = sorted(whole, key=lambda one: statistics.geometric_mean(whole[one].values()))
     told = {_label(one): {name: round(1e6 * value, 2) for name, value in whole[one].items()} for one in ranked}
-    return entry(group_of(specs[0].case), ranked[0], told)
+    return entry(specs[0].case, ranked[0], told)
 
 
 def _times(spec: Spec, found: Sequence[BlockConfig], *, repeats: int, seed: int) -> dict[BlockConfig, float]:
@@ -91,9 +91,7 @@ def _times(spec: Spec, found: Sequence[BlockConfig], *, repeats: int, seed: int)
         if not np.abs(got - want).max() <= measure.TOLERANCE[spec.dtype]:
             raise ValueError(f"{spec.name}: {one} is wrong by {np.abs(got - want).max()}")
     seconds: dict[BlockConfig, list[float]] = {one: [] for one in runs}
-    for turn in range(
-        repeats + 1
-    ):  # in turns, so that what changes on the machine strikes all; the first does not count
+    for turn in range(repeats + 1):  # in turns: what changes on the machine strikes all; the first does not count
         for one, run in runs.items():
             value = measure.seconds(run)
             seconds[one] += [value] if turn else []
@@ -127,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = jax.devices()[0]
     gpu = backend.gpu()
     repeats, limit = (2, 2) if options.quick else (options.repeats, None)
-    groups: dict[Group, list[Spec]] = {}
+    groups: dict[Case, list[Spec]] = {}
     for name in options.specs:
-        groups.setdefault(group_of(SPECS[name].case), []).append(SPECS[name])
+        groups.setdefault(SPECS[name].case.shared, []).append(SPECS[name])
     rows = []
     for specs in groups.values():
         rows.append(tune(specs, repeats=repeats, limit=limit, seed=options.seed))

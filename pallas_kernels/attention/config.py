@@ -17,6 +17,7 @@ from pallas_kernels import backend
 TUNED = pathlib.Path(__file__).parent.parent / "tuned"
 MAX_DECODE_TOKENS = 16  # query tokens a row that the decode kernel takes; more go to the prefill kernel
 MAX_DECODE_ROWS = 128  # query heads of a group times tokens, likewise: its sums stay in registers
+PROMPT_TOKENS = 4096  # stands for prompts of any length, which share their block sizes
 _HEAD_DIMS = (16, 32, 64, 128, 256)
 _TILE_BYTES = 16384  # of keys in a loop step by the rule: with values and three steps in flight, 96 KiB
 
@@ -58,22 +59,20 @@ class BlockConfig:
 class Case(NamedTuple):
     """What attention is asked to do, as far as block sizes depend on it.
 
+    Batch and context are not among it: what a row gets must not depend on who else is there.
+
     Attributes:
-      batch: rows.
       tokens: query tokens a row.
       heads: query heads.
       kv_heads: key/value heads.
       head_dim: size of a head.
-      capacity: tokens that the page table can name in a row.
       dtype: of the pages.
     """
 
-    batch: int
     tokens: int
     heads: int
     kv_heads: int
     head_dim: int
-    capacity: int
     dtype: str
 
     @property
@@ -93,9 +92,9 @@ class Case(NamedTuple):
         return self.tokens <= MAX_DECODE_TOKENS and self.rows <= MAX_DECODE_ROWS
 
     @property
-    def kernel(self) -> str:
-        """Which kernel takes it."""
-        return "decode" if self.decodes else "prefill"
+    def shared(self) -> "Case":
+        """The case whose block sizes it shares: that of the next power of two of tokens, and all prompts one."""
+        return self._replace(tokens=backend.power_of_two(self.tokens) if self.decodes else PROMPT_TOKENS)
 
 
 def check(case: Case, gpu: backend.Gpu | None) -> None:
@@ -122,8 +121,8 @@ def choose(case: Case, explicit: BlockConfig | None, gpu: backend.Gpu | None) ->
     check(case, gpu)
     if explicit is not None:
         return explicit
-    tuned = None if gpu is None else tuned_config(case, gpu.kind)
-    return heuristic(case) if tuned is None else tuned
+    tuned = {} if gpu is None else _tuned(gpu.kind)
+    return tuned.get(case.shared) or heuristic(case)
 
 
 def heuristic(case: Case) -> BlockConfig:
@@ -160,38 +159,11 @@ def heuristic(case: Case) -> BlockConfig:
     )
 
 
-def tuned_config(case: Case, kind: str) -> BlockConfig | None:
-    """Look up what was measured on this kind of device for such heads, pages and query tokens; None for nothing.
-
-    Batch and context do not count: what a row gets must not depend on who else is there.
-    """
-    for measured, config in _tuned(kind):
-        if measured == group_of(case):
-            return config
-    return None
-
-
-class Group(NamedTuple):
-    """Cases that share block sizes; fields as those of `Case`, tokens rounded up to a power of two."""
-
-    kernel: str
-    tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-
-
-def group_of(case: Case) -> Group:
-    """Say with which others a case shares its block sizes; prompts of any length do."""
-    tokens = backend.power_of_two(case.tokens) if case.decodes else 0
-    return Group(case.kernel, tokens, case.heads, case.kv_heads, case.head_dim, case.dtype)
-
-
 @functools.cache
-def _tuned(kind: str) -> tuple[tuple[Group, BlockConfig], ...]:
+def _tuned(kind: str) -> dict[Case, BlockConfig]:
+    """Read what was measured on this kind of device; nothing where nobody has measured."""
     path = TUNED / backend.file_name(kind)
     if not kind or not path.is_file():
-        return ()
+        return {}
     entries = json.loads(path.read_text())["entries"]
-    return tuple((Group(**entry["group"]), BlockConfig(**entry["config"])) for entry in entries)
+    return {Case(**entry["case"]): BlockConfig(**entry["config"]) for entry in entries}

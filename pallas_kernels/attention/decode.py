@@ -2,10 +2,11 @@
 
 All query heads of a key/value head, times the query tokens, share a tile, so every key is read once. The keys of a
 row are divided into parts of one size, which follows from the room of the page table and from the device, not from the
-row or the batch: what a row gets does not depend, to the last bit, on who else is there, and its parts do not move when
-it grows. A fixed number of programs works off the parts of all rows, so that one long row among short ones is shared by
-all. Each part is a piece of a softmax in float32; a second kernel merges the pieces of each row. The pieces take
-`parts * T * H * D * 4` bytes beside the arguments: 34 MB for 64 rows of 8,192 tokens with one query of Llama-3-8B each.
+row or the batch: what a row gets does not depend, to the last bit, on who else is there, and without a window its parts
+do not move when it grows. A fixed number of programs works off the parts of all rows, so that one long row among short
+ones is shared by all. Each part is a piece of a softmax in float32; a second kernel merges the pieces of each row. The
+pieces take `parts * T * H * D * 4` bytes beside the arguments: 34 MB for 64 rows of 8,192 tokens with one query of
+Llama-3-8B each.
 """
 
 import functools
@@ -14,13 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import backend
 from pallas_kernels.attention import tile
 from pallas_kernels.attention.config import BlockConfig
-from pallas_kernels.attention.reference import MASK_VALUE, KVScales
-from pallas_kernels.attention.tile import Cut, KVRefs, Place, Rule
+from pallas_kernels.attention.reference import MASK_VALUE
+from pallas_kernels.attention.tile import Cut, Inputs, KVRefs, Place, Rule
 
 MIN_PART_BLOCKS = 4  # loop steps of a part, at least: each costs a merge
 MERGED_AT_ONCE = 4096  # numbers of a query's parts that the merging kernel reads in one step: 32 a thread
@@ -148,41 +149,29 @@ def _merge_kernel(
 
 
 def attention(
-    q_BTHD: Float[Array, "B T H D"],
-    k_NGPD: Float[Array, "N G P D"] | Int[Array, "N G P D"],
-    v_NGPD: Float[Array, "N G P D"] | Int[Array, "N G P D"],
-    table_BM: Int[Array, "B M"],
-    start_B: Int[Array, "B"],
-    *,
-    rule: Rule,
-    scales: KVScales | None,
-    config: BlockConfig,
-    num_cores: int,
-    interpret: bool | None,
+    inputs: Inputs, *, rule: Rule, config: BlockConfig, num_cores: int, interpret: bool | None
 ) -> Float[Array, "B T H D"]:
     """Same as `reference.attention`, for few tokens a row.
 
     Args:
-      q_BTHD: queries.
-      k_NGPD: pages of keys.
-      v_NGPD: pages of values.
-      table_BM: the rows' pages.
-      start_B: position of each row's first query.
+      inputs: queries and cache.
       rule: of the scores.
-      scales: of the pages' numbers.
       config: block sizes.
       num_cores: of the GPU; `config.programs_per_core` programs run on each.
       interpret: run the kernels in plain JAX; None does so where there is no GPU.
+
+    Raises:
+      ValueError: a tile does not hold a row's queries.
     """
-    batch, length, heads, head_dim = q_BTHD.shape
-    kv_heads, page_size = k_NGPD.shape[1:3]
+    batch, length, heads, head_dim = inputs.q_BTHD.shape
+    kv_heads, page_size = inputs.k_NGPD.shape[1:3]
     cut = tile.cut(heads // kv_heads, length, config.block_rows)
     if cut.token_tiles > 1 or cut.head_tiles > 1:
         raise ValueError(f"{config.block_rows=} must hold {heads // kv_heads} heads of {length} tokens")
     programs = pl.cdiv(num_cores * config.programs_per_core, kv_heads)
     parts = divide_keys(
-        table_BM,
-        start_B,
+        inputs.table_BM,
+        inputs.start_B,
         length=length,
         page_size=page_size,
         window=rule.window,
@@ -191,12 +180,11 @@ def attention(
     )
     whole = jax.ShapeDtypeStruct((parts.room, length, heads, head_dim), jnp.float32)
     number = jax.ShapeDtypeStruct((parts.room, length, heads), jnp.float32)
-    factors = () if scales is None else tuple(scales)
     attend = backend.call(
         functools.partial(_attend_kernel, rule=rule, cut=cut, size=parts.size, block_keys=config.block_keys),
         name="paged_decode",
         grid=(min(programs, parts.room), kv_heads),
-        inputs=6 + len(factors),
+        inputs=6 + len(inputs.factors),
         out_shape=(whole, number, number),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -207,9 +195,9 @@ def attention(
         name="paged_decode_merge",
         grid=(batch, length, heads),
         inputs=4,
-        out_shape=jax.ShapeDtypeStruct(q_BTHD.shape, q_BTHD.dtype),
+        out_shape=jax.ShapeDtypeStruct(inputs.q_BTHD.shape, inputs.q_BTHD.dtype),
         num_warps=4,
         num_stages=1,
         interpret=interpret,
     )
-    return merge(*attend(q_BTHD, k_NGPD, v_NGPD, table_BM, start_B, parts.plan, *factors), parts.plan)
+    return merge(*attend(*inputs.arrays, parts.plan, *inputs.factors), parts.plan)

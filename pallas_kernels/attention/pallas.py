@@ -1,20 +1,12 @@
 """Attention by the Pallas kernels: which of them takes a case, and with which block sizes."""
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backend
 from pallas_kernels.attention import decode, prefill
 from pallas_kernels.attention.config import BlockConfig, Case, choose
 from pallas_kernels.attention.reference import KVScales
-from pallas_kernels.attention.tile import Rule
-
-
-def case_of(q_BTHD: jax.Array, k_NGPD: jax.Array, table_BM: jax.Array) -> Case:
-    """Describe a call by its shapes."""
-    batch, tokens, heads, head_dim = q_BTHD.shape
-    _, kv_heads, page_size, _ = k_NGPD.shape
-    return Case(batch, tokens, heads, kv_heads, head_dim, table_BM.shape[1] * page_size, str(k_NGPD.dtype))
+from pallas_kernels.attention.tile import Inputs, Rule
 
 
 def attention(
@@ -36,13 +28,13 @@ def attention(
     Raises:
       NotImplementedError: no kernel does this; the message says why.
     """
-    case, gpu = case_of(q_BTHD, k_NGPD, table_BM), backend.gpu()
     if k_NGPD.dtype.itemsize == 1 and k_NGPD.size >= 2**31:
         raise NotImplementedError(f"{k_NGPD.size} numbers of a byte each: offsets have 31 bits up to 4 GiB")
+    _, tokens, heads, head_dim = q_BTHD.shape
+    case, gpu = Case(tokens, heads, k_NGPD.shape[1], head_dim, str(k_NGPD.dtype)), backend.gpu()
     config = choose(case, config, gpu)
-    arguments = (q_BTHD, k_NGPD, v_NGPD, table_BM, start_B)
-    options = {"rule": Rule(scale, window, soft_cap), "scales": scales, "config": config, "interpret": interpret}
+    inputs, rule = Inputs(q_BTHD, k_NGPD, v_NGPD, table_BM, start_B, scales), Rule(scale, window, soft_cap)
     if not case.decodes:
-        return prefill.attention(*arguments, **options)
+        return prefill.attention(inputs, rule=rule, config=config, interpret=interpret)
     num_cores = backend.INTERPRETED_CORES if gpu is None else gpu.num_cores
-    return decode.attention(*arguments, num_cores=num_cores, **options)
+    return decode.attention(inputs, rule=rule, config=config, num_cores=num_cores, interpret=interpret)

@@ -10,13 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import backend
 from pallas_kernels.attention import tile
 from pallas_kernels.attention.config import BlockConfig
-from pallas_kernels.attention.reference import KVScales
-from pallas_kernels.attention.tile import Cut, KVRefs, Place, Rule
+from pallas_kernels.attention.tile import Cut, Inputs, KVRefs, Place, Rule
 
 
 def _kernel(
@@ -51,32 +50,20 @@ def _kernel(
     backend.store(out_ref, index, tile.divide(sums), queries.real_X[:, None])
 
 
-def attention(
-    q_BTHD: Float[Array, "B T H D"],
-    k_NGPD: Float[Array, "N G P D"] | Int[Array, "N G P D"],
-    v_NGPD: Float[Array, "N G P D"] | Int[Array, "N G P D"],
-    table_BM: Int[Array, "B M"],
-    start_B: Int[Array, "B"],
-    *,
-    rule: Rule,
-    scales: KVScales | None,
-    config: BlockConfig,
-    interpret: bool | None,
-) -> Float[Array, "B T H D"]:
+def attention(inputs: Inputs, *, rule: Rule, config: BlockConfig, interpret: bool | None) -> Float[Array, "B T H D"]:
     """Same as `reference.attention`, for many tokens a row; arguments as those of `decode.attention`."""
-    batch, length, heads, _ = q_BTHD.shape
-    kv_heads, page_size = k_NGPD.shape[1:3]
+    batch, length, heads, _ = inputs.q_BTHD.shape
+    kv_heads, page_size = inputs.k_NGPD.shape[1:3]
     cut = tile.cut(heads // kv_heads, length, config.block_rows)
-    factors = () if scales is None else tuple(scales)
-    keys_B = tile.count_keys(table_BM, start_B, length, page_size)
     attend = backend.call(
         functools.partial(_kernel, rule=rule, cut=cut, block_keys=config.block_keys),
         name="paged_prefill",
         grid=(kv_heads * cut.head_tiles, cut.token_tiles, batch),
-        inputs=6 + len(factors),
-        out_shape=jax.ShapeDtypeStruct(q_BTHD.shape, q_BTHD.dtype),
+        inputs=6 + len(inputs.factors),
+        out_shape=jax.ShapeDtypeStruct(inputs.q_BTHD.shape, inputs.q_BTHD.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,
     )
-    return attend(q_BTHD, k_NGPD, v_NGPD, table_BM, start_B, keys_B, *factors)
+    keys_B = tile.count_keys(inputs.table_BM, inputs.start_B, length, page_size)
+    return attend(*inputs.arrays, keys_B, *inputs.factors)

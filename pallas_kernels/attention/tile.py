@@ -12,7 +12,28 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import backend
-from pallas_kernels.attention.reference import MASK_VALUE, SCRATCH_PAGE, cap
+from pallas_kernels.attention.reference import MASK_VALUE, SCRATCH_PAGE, KVScales, cap
+
+
+class Inputs(NamedTuple):
+    """What the kernels are called with; fields as the arguments of `reference.attention`."""
+
+    q_BTHD: jax.Array
+    k_NGPD: jax.Array
+    v_NGPD: jax.Array
+    table_BM: jax.Array
+    start_B: jax.Array
+    scales: KVScales | None
+
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """All but the factors, in the order of the kernels' refs."""
+        return self[:5]
+
+    @property
+    def factors(self) -> tuple[jax.Array, ...]:
+        """The factors, if there are any."""
+        return () if self.scales is None else tuple(self.scales)
 
 
 class Rule(NamedTuple):

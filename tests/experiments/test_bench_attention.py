@@ -11,7 +11,6 @@ from experiments import bench_attention, bench_attention_peers, bench_bare, benc
 from experiments.bench_attention_peers import Contender
 from experiments.bench_common import Yardstick, measure_yardstick
 from pallas_kernels import arg_specs, tune
-from pallas_kernels.attention.config import group_of
 from streamserve.models import abstract_params, from_hf, init_params
 from streamserve.types import LayerKV
 
@@ -64,7 +63,7 @@ def test_tuning_keeps_the_fastest_over_shapes_that_share_block_sizes_and_refuses
     table = json.loads((tmp_path / "cpu.json").read_text())
     (row,) = table["entries"]
     assert table["interpreted"]
-    assert row["group"] == group_of(specs[0].case)._asdict()
+    assert row["case"] == specs[0].case.shared._asdict()
     times = [np.prod(list(by_spec.values())) for by_spec in row["microseconds"].values()]
     assert len(times) == 2
     assert times == sorted(times)

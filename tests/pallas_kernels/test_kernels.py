@@ -192,11 +192,11 @@ def test_the_decode_kernel_refuses_tiles_that_do_not_hold_a_rows_tokens():
     arrays, _ = _case(Shape(1, 16, 1, 1, 16, 16, 4), 0, [3], [False])
     rule = tile.Rule(1.0, None, None)
     small = BlockConfig(block_rows=16, block_keys=16, num_warps=4, num_stages=2)
-    options = {"rule": rule, "scales": None, "num_cores": 4, "interpret": True}
-    decode.attention(*arrays, config=small, **options)
+    options = {"rule": rule, "config": small, "num_cores": 4, "interpret": True}
+    decode.attention(tile.Inputs(*arrays, None), **options)
     queries = jnp.pad(arrays[0], ((0, 0), (0, 1), (0, 0), (0, 0)))
     with pytest.raises(ValueError, match="must hold 1 heads of 17 tokens"):
-        decode.attention(queries, *arrays[1:], config=small, **options)
+        decode.attention(tile.Inputs(queries, *arrays[1:], None), **options)
 
 
 def test_devices_divide_heads_among_themselves():
