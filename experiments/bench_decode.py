@@ -38,20 +38,7 @@ from streamserve.types import EMPTY_TOKEN, Params
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is decoded.
-
-    Attributes:
-      shape: target, of experiments/model_shapes.py.
-      draft: draft model of the same vocabulary; "" for plain decoding alone.
-      layers: of the target, instead of its own number.
-      context: tokens of a prompt.
-      output_tokens: of an output.
-      dtype: of weights and cache.
-      acceptance: what synthetic speculation draws from.
-      depth: of speculation.
-      rounds: of a tick without speculation; with it, a quarter.
-      repeats: measurements of each figure.
-    """
+    """What is decoded; each field is a flag, said in `HELP`."""
 
     shape: str = "llama3_8b"
     draft: str = "llama3_1b"
@@ -65,13 +52,27 @@ class Settings:
     repeats: int = 5
 
 
+HELP = {
+    "shape": "Target, of experiments/model_shapes.py.",
+    "draft": "Draft model of the same vocabulary; empty for plain decoding alone.",
+    "layers": "Layers of the target, instead of its own number.",
+    "context": "Tokens of a prompt.",
+    "output_tokens": "Tokens of an output; enough for all rows to decode at once.",
+    "dtype": "Of weights and cache.",
+    "acceptance": "What synthetic speculation draws from.",
+    "depth": "Of speculation, 1 to 8.",
+    "rounds": "Rounds of a tick without speculation; with it, a quarter.",
+    "repeats": "Measurements of each figure.",
+}
+
+
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags; on call and not on import, since other scripts have flags of the same names."""
     flags.DEFINE_string("output", None, "JSON file.", required=True, flag_values=values)
     flags.DEFINE_list("batches", ["1", "8", "64"], "Requests that decode at once.", flag_values=values)
     for field in dataclasses.fields(Settings):
         define: Any = flags.DEFINE_string if isinstance(field.default, str) else flags.DEFINE_integer
-        define(field.name, field.default, "See `Settings`.", flag_values=values)
+        define(field.name, field.default, HELP[field.name], flag_values=values)
 
 
 def make_engine(settings: Settings, folder: pathlib.Path, *, speculates: bool, batches: Sequence[int]) -> LLM:
@@ -124,8 +125,8 @@ def token_bytes(shapes: PairShapes) -> float:
 class SteadyWatch:
     """Listens to a pair's ticks, and counts those in which a whole batch decoded.
 
-    A tick counts if all rows were in slots when it and the one before were dispatched, and if they still are when it
-    has been read: what else runs on the device, prefill above all, would be charged to decoding otherwise.
+    A tick counts if all rows were in slots when it and the one before were dispatched, and none ended in it: prefill
+    would be charged to decoding otherwise, and rows that do nothing to the rate.
     """
 
     def __init__(self, pair: Any, batch: int):
@@ -158,7 +159,8 @@ class SteadyWatch:
     def read(self, pending: Any) -> Any:
         """Read, and count."""
         output = self._read(pending)
-        now_s, full = time.perf_counter(), self._full.pop(id(pending)) and self._is_full()
+        now_s, runs = time.perf_counter(), not np.any(np.asarray(output.finish)[: self._batch])
+        full = self._full.pop(id(pending)) and runs
         if full and self._last_full:
             self.seconds += now_s - self._last_s
             self.tokens += int((np.asarray(output.tokens)[:, 1:] != EMPTY_TOKEN).sum())

@@ -73,7 +73,11 @@ class LanePrompts:
         return True
 
     def note_computed(self, now_s: float, on_lane: Mapping[str, RunningRequest]) -> None:
-        """See which calls are done. Requests that are not `on_lane` have left it since, and hear nothing of it."""
+        """See which calls are done.
+
+        Requests that are not `on_lane` have left it since, and hear nothing of it; nor do those that have left and come
+        back, whose prompts are computed anew under another task.
+        """
         for entry in [entry for entry in self._calls if self._pair.is_computed(entry[0])]:
             self._calls.remove(entry)
             call, completed, begun_s = entry
@@ -81,7 +85,11 @@ class LanePrompts:
             if not call.local:  # what runs between ticks says nothing of the prefill mesh
                 self._meter.called(tokens, now_s - max(begun_s, self._last_call_s))
                 self._last_call_s = now_s
-            here = [running for running in completed if on_lane.get(running.request_id) is running]
+            here = [
+                running
+                for task, running in zip(call.done, completed, strict=True)
+                if on_lane.get(running.request_id) is running and self.tasks.get(running.request_id, task) is task
+            ]
             self._log.called(tokens, len(call.parts), [running.request_id for running in here], begun_s, now_s)
             for running in here:
                 running.stamps.prefilled(now_s)
