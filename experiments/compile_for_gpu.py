@@ -41,16 +41,19 @@ from streamserve.specustream.drafters import none
 LAUNCHES = ("kKernel", "kCustomKernel", "kGemm", "kCublasLtMatmul", "kCuDnn", "kCustomCall", "kMemset")
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4}
 
-_CHIP = flags.DEFINE_enum("chip", "h200", list(deviceless.CHIPS), "Which GPU.")
-_SHAPE = flags.DEFINE_string("shape", "llama3_8b", "Target, of experiments/model_shapes.py.")
-_DRAFT = flags.DEFINE_string("draft", "llama3_1b", "Draft model, likewise.")
-_LAYERS = flags.DEFINE_integer("layers", 4, "Layers of the target; a draft has half as many.", lower_bound=2)
-_DEPTHS = flags.DEFINE_list("depths", ["0", "4"], "Depths of speculation whose programs are compiled.")
-_SLOTS = flags.DEFINE_integer("slots", 8, "Decode batch.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("max_model_len", 4096, "Tokens of a request.", lower_bound=64)
-_DEVICES = flags.DEFINE_integer("devices", 1, "Of the mesh: tensor parallelism.", lower_bound=1)
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file.")
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags; on call and not on import, since other scripts have flags of the same names."""
+    flags.DEFINE_enum("chip", "h200", list(deviceless.CHIPS), "Which GPU.", flag_values=values)
+    flags.DEFINE_string("shape", "llama3_8b", "Target, of experiments/model_shapes.py.", flag_values=values)
+    flags.DEFINE_string("draft", "llama3_1b", "Draft model, likewise.", flag_values=values)
+    flags.DEFINE_integer("layers", 4, "Of the target; a draft has half.", lower_bound=2, flag_values=values)
+    flags.DEFINE_list("depths", ["0", "4"], "Depths of speculation whose programs are compiled.", flag_values=values)
+    flags.DEFINE_integer("slots", 8, "Decode batch.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("max_model_len", 4096, "Tokens of a request.", lower_bound=64, flag_values=values)
+    flags.DEFINE_integer("devices", 1, "Of the mesh: tensor parallelism.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.", flag_values=values)
+    flags.DEFINE_string("output", None, "JSON file.", flag_values=values)
 
 
 class Plan(NamedTuple):
@@ -168,19 +171,20 @@ def describe_all(plan: Plan, fewer: Plan) -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> None:
     """Compile and print a table."""
     del argv
-    chip = deviceless.CHIPS[_CHIP.value]
-    depths = tuple(sorted(map(int, _DEPTHS.value)))
+    values = flags.FLAGS
+    chip = deviceless.CHIPS[values.chip]
+    depths = tuple(sorted(map(int, values.depths)))
     with tempfile.TemporaryDirectory() as base:
         folder = pathlib.Path(base)
         try:
-            mesh = deviceless.make_mesh(chip, devices=_DEVICES.value)
-            draft = model_shapes.write(folder, _DRAFT.value, layers=_LAYERS.value // 2) if max(depths) else None
+            mesh = deviceless.make_mesh(chip, devices=values.devices)
+            draft = model_shapes.write(folder, values.draft, layers=values.layers // 2) if max(depths) else None
             targets = [
-                model_shapes.write(folder, _SHAPE.value, layers=count) for count in (_LAYERS.value, _LAYERS.value - 1)
+                model_shapes.write(folder, values.shape, layers=count) for count in (values.layers, values.layers - 1)
             ]
         except (common.RunError, RuntimeError) as error:
             common.stop(str(error))
-        plan = Plan(chip, mesh, targets[0], draft, depths, _SLOTS.value, _LENGTH.value, _DTYPE.value)
+        plan = Plan(chip, mesh, targets[0], draft, depths, values.slots, values.max_model_len, values.dtype)
         rows = describe_all(plan, plan._replace(target=targets[1]))
     for row in rows:
         print(f"{row['program']}: {row['kernels_a_layer']} kernels a layer, by {', '.join(row['attention_kernels'])}")
@@ -188,13 +192,14 @@ def main(argv: Sequence[str]) -> None:
         print(f"  changed in place {row['alias_bytes']:,} bytes, of them pages {row['pool_bytes']:,}")
     for row in (bad := [row for row in rows if not row["attention_kernels"] or row["alias_bytes"] < row["pool_bytes"]]):
         print(f"{row['program']}: attention is not by our kernels, or pages are copied", file=sys.stderr)
-    if _OUTPUT.value is not None:
+    if values.output is not None:
         command = ("python", "-m", "experiments.compile_for_gpu", *sys.argv[1:])
         record = common.environment(share_devices=False, command=command)
-        common.write_json(pathlib.Path(_OUTPUT.value), {"environment": record, "chip": chip.name, "programs": rows})
+        common.write_json(pathlib.Path(values.output), {"environment": record, "chip": chip.name, "programs": rows})
     if bad:
         sys.exit(1)
 
 
 if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     app.run(main)
